@@ -1,0 +1,206 @@
+"""The MoE layers of a captured graph, read off its `sparsify` ops, and what is known about each.
+
+E num_experts, K top_k, D hidden_size, N output features, M neurons of one expert.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from sparsify.errors import ExportError
+from sparsify.passes.activation import extract_activation, is_view, name_activation
+from sparsify.routers import Router
+
+DISPATCH = torch.ops.sparsify.dispatch.default
+EXPERT_LINEAR = torch.ops.sparsify.expert_linear.default
+COMBINE = torch.ops.sparsify.combine.default
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What decides how a layer can be lowered.
+
+    Attributes:
+        num_experts: E.
+        top_k: K.
+        hidden_size: D.
+        output_size: N.
+        expert_size: M.
+        dtype: of the expert weights.
+        activation: its name, e.g. "relu", "gelu_tanh"; "custom" when it is none of the known ones; in a gated FFN the
+            function that the gate passes through.
+        gated: the activation multiplies two projections.
+        may_skip_slots: an expert id may be -1.
+        irregular: why the layer is not the plain chain dispatch, expert_linear, activation, expert_linear, combine;
+            None when it is.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    output_size: int
+    expert_size: int
+    dtype: torch.dtype
+    activation: str
+    gated: bool
+    may_skip_slots: bool
+    irregular: str | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One converted FFN: its nodes in the graph, and the facts.
+
+    `projections` are the `expert_linear` nodes that read the dispatched rows, the gate first in a gated FFN.
+    """
+
+    name: str
+    facts: LayerFacts
+    dispatch: Node
+    projections: tuple[Node, ...]
+    down: Node
+    combine: Node
+
+
+def find_layers(root: fx.GraphModule, graph: fx.Graph) -> list[Layer]:
+    """Find every MoE layer, in the order of the graph.
+
+    Args:
+        root: owns the weights and routers that `graph` refers to.
+        graph: a graph with `sparsify` ops.
+
+    Raises:
+        ExportError: the graph holds a `sparsify` op that has no ONNX lowering, or a chain of ops that is broken.
+    """
+    _check_ops(graph)
+    return [_read_layer(root, node) for node in graph.find_nodes(op="call_function", target=DISPATCH)]
+
+
+def router_of(root: fx.GraphModule, dispatch: Node) -> Router | None:
+    """The `Router` that the expert ids come from, None if they come from elsewhere."""
+    ids: Any = dispatch.args[1]
+    source = ids.args[0] if ids.target is operator.getitem else ids
+    if source.op != "call_module":
+        return None
+    module = root.get_submodule(source.target)
+    return module if isinstance(module, Router) else None
+
+
+def _check_ops(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        namespace = getattr(node.target, "namespace", None)
+        if namespace == "sparsify" and node.target not in (DISPATCH, EXPERT_LINEAR, COMBINE):
+            raise ExportError(
+                f"{node.name} calls {node.target}, which has no ONNX lowering; export the model before its experts "
+                "are fused into one op"
+            )
+
+
+def _read_layer(root: fx.GraphModule, dispatch: Node) -> Layer:
+    rows = _outputs(dispatch, 0)
+    order = _outputs(dispatch, 1)
+    projections = tuple(user for node in rows for user in node.users if user.target is EXPERT_LINEAR)
+    combines = [user for node in order for user in node.users if user.target is COMBINE]
+    if len(combines) != 1 or not projections:
+        raise ExportError(
+            f"{dispatch.name} must lead to one sparsify.combine and at least one sparsify.expert_linear, but leads to "
+            f"{len(combines)} and {len(projections)}; convert the model again"
+        )
+    combine = combines[0]
+    down: Any = combine.args[0]
+    if down.target is not EXPERT_LINEAR:
+        raise ExportError(f"{combine.name} must read a sparsify.expert_linear, but reads {down.name}; convert it again")
+    region = _between(projections, down)
+    irregular = _irregular(projections, region, down)
+    activation, gate = ("custom", None) if irregular else _activation(root, projections, region, down)
+    if gate:
+        projections = tuple(reversed(projections))
+    first, second = _weight(root, projections[0]), _weight(root, down)
+    router = router_of(root, dispatch)
+    facts = LayerFacts(
+        num_experts=first.shape[0],
+        top_k=_top_k(router, dispatch),
+        hidden_size=first.shape[2],
+        output_size=second.shape[1],
+        expert_size=first.shape[1],
+        dtype=first.dtype,
+        activation=activation,
+        gated=len(projections) > 1,
+        # The K largest of E logits always name an expert; a router with a forward of its own may leave slots empty.
+        may_skip_slots=router is None or type(router).forward is not Router.forward,
+        irregular=irregular,
+    )
+    return Layer(_layer_name(dispatch, down), facts, dispatch, projections, down, combine)
+
+
+def _outputs(node: Node, index: int) -> list[Node]:
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] == index]
+
+
+def _between(projections: tuple[Node, ...], down: Node) -> list[Node]:
+    """Every node that the input of `down` is computed with, up to the projections, in the order of the graph."""
+    stack = [down.args[0]]
+    found: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, Node) or node in found or node in projections:
+            continue
+        found.add(node)
+        stack.extend(node.all_input_nodes)
+    return [node for node in down.graph.nodes if node in found]
+
+
+def _irregular(projections: tuple[Node, ...], region: list[Node], down: Node) -> str | None:
+    inside = {*projections, *region}
+    foreign = next((node for node in region if node.op != "call_function"), None)
+    if foreign is not None:
+        return f"the activation also reads {foreign.name}"
+    if any(node.target not in _VIEWS and not node.all_input_nodes for node in region):
+        return "the activation creates values of its own"
+    if any(user not in inside and user is not down for node in inside for user in node.users):
+        return "the intermediate values are also read elsewhere"
+    if len(projections) > 2:
+        return f"the activation joins {len(projections)} projections"
+    return None
+
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+
+
+def _activation(
+    root: fx.GraphModule, projections: tuple[Node, ...], region: list[Node], down: Node
+) -> tuple[str, int | None]:
+    hidden: Any = down.args[0]
+    name = name_activation(extract_activation(projections, region, hidden), len(projections), 0)
+    return name.name, name.gate
+
+
+def _weight(root: fx.GraphModule, linear: Node) -> Tensor:
+    weight: Any = linear.args[1]
+    if weight.op != "get_attr":
+        raise ExportError(
+            f"the weight of {linear.name} is computed by {weight.name}; only stored weights can be exported, so "
+            "replace it by a parameter"
+        )
+    owner, _, attribute = weight.target.rpartition(".")
+    return getattr(root.get_submodule(owner), attribute)
+
+
+def _top_k(router: Router | None, dispatch: Node) -> int:
+    if router is not None:
+        return router.top_k
+    ids: Any = dispatch.args[1]
+    return int(ids.meta["val"].shape[1])
+
+
+def _layer_name(dispatch: Node, down: Node) -> str:
+    """The place of the FFN: what stands before `.experts.` in the name of its weights, else the node's own name."""
+    weight: Any = down.args[1]
+    name, found, _ = str(weight.target).rpartition(".experts.")
+    return name if found else dispatch.name

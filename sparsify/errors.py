@@ -1,0 +1,43 @@
+"""The errors that sparsify raises on purpose. Each says what was seen, why it is refused and what to do."""
+
+from __future__ import annotations
+
+
+class SparsifyError(Exception):
+    """Base of every error that sparsify raises on purpose."""
+
+
+class CaptureError(SparsifyError, RuntimeError):
+    """The model could not be traced, or the example inputs do not fit it."""
+
+
+class NoFFNError(SparsifyError, ValueError):
+    """The model holds no feed-forward layer that can be split; the message lists the nearest rejections."""
+
+
+class SelectionError(SparsifyError, ValueError):
+    """`select` names no feed-forward layer of the model."""
+
+
+class CalibrationError(SparsifyError, ValueError):
+    """The calibration data is empty, does not fit the model, or leads to values that are not finite."""
+
+
+class PassError(SparsifyError, RuntimeError):
+    """A pass failed, or broke the contract that it declares."""
+
+
+class VerificationError(SparsifyError, RuntimeError):
+    """A promise does not hold: a receipt or a parity check is above its bound."""
+
+
+class ExportError(SparsifyError, RuntimeError):
+    """The model could not be exported to ONNX."""
+
+
+class OutputError(SparsifyError, OSError):
+    """The output folder or file cannot be written."""
+
+
+class LoadError(SparsifyError, ValueError):
+    """A saved model is damaged, was written by another version, or is no saved model at all."""

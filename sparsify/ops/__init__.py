@@ -1,0 +1,9 @@
+"""The ops of a Mixture-of-Experts layer, in the dispatcher as `torch.ops.sparsify.*`; one op a file."""
+
+from __future__ import annotations
+
+from sparsify.ops.combine import combine
+from sparsify.ops.dispatch import dispatch
+from sparsify.ops.expert_linear import expert_linear
+
+__all__ = ["combine", "dispatch", "expert_linear"]
