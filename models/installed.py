@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 
@@ -41,7 +41,7 @@ def require(package: str, install: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None, None, None]:
     """Hides the progress bars and load reports of `transformers`, and restores its settings afterwards."""
     require("transformers", "'sparsify-moe[hf]'")
     from transformers.utils import logging

@@ -28,7 +28,7 @@ def load(spec: str, *, calibration_text: Path | None = None) -> DenseModel:
         return minilm.load(calibration_text)
     if spec == "smollm2":
         return smollm2.load(calibration_text)
-    if Path(spec).is_dir():
+    if spec and Path(spec).is_dir():
         return hf_folder.load(Path(spec).resolve(), calibration_text=calibration_text)
     if _FACTORY.fullmatch(spec) is None:
         raise ValueError(

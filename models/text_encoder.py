@@ -68,7 +68,8 @@ def embedding_spearman(dense: Callable[..., Any], batches: list[Batch]) -> Metri
     """
 
     def evaluate(function: Callable[..., Any]) -> float:
-        return float(spearmanr(_similarities(function, batches), _similarities(dense, batches)).statistic)
+        result: Any = spearmanr(_similarities(function, batches), _similarities(dense, batches))
+        return float(result.statistic)
 
     return Metric("Spearman correlation of embedding similarities with the dense model", True, evaluate)
 

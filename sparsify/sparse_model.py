@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from sparsify.routers import Router
 if TYPE_CHECKING:
     from sparsify.report import Report
 
+SIZES_KEY = "sparsify_sizes"
 _META_KEY = "sparsify"
 
 
@@ -81,9 +83,41 @@ class SparseModel(fx.GraphModule):
 
     def dynamic_dims(self) -> dict[str, dict[int, str]]:
         """The input dimensions that may change between calls: input name -> dimension -> name of its size."""
-        dims: dict[str, dict[int, str]] = {}
-        for node in self.graph.find_nodes(op="placeholder"):
-            value = node.meta.get("val")
-            if isinstance(value, Tensor):
-                dims[node.name] = {i: str(n) for i, n in enumerate(value.shape) if isinstance(n, torch.SymInt)}
-        return dims
+        found = {node.name: input_sizes(node) for node in self.graph.find_nodes(op="placeholder")}
+        return {
+            name: {i: size for i, size in enumerate(sizes) if isinstance(size, str)}
+            for name, sizes in found.items()
+            if sizes is not None
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to the folder `path`: `graph.json` and `model.safetensors`. The report is not written.
+
+        Raises:
+            OutputError: the folder cannot be written, or the model holds what the format has no words for.
+        """
+        from sparsify.serialize import save_model
+
+        save_model(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> SparseModel:
+        """Read a model from the folder that `save` wrote. Nothing that the files hold is executed or unpickled.
+
+        Raises:
+            LoadError: the folder holds no saved model, or one that is damaged or from a newer version.
+        """
+        from sparsify.serialize import load_model
+
+        return load_model(Path(path))
+
+
+def input_sizes(node: fx.Node) -> tuple[int | str, ...] | None:
+    """The sizes of a tensor input, a name for each that may change between calls; None for an input of another kind.
+
+    A traced graph has them in the fake tensor of the trace, a loaded one has the sizes alone.
+    """
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return tuple(str(size) if isinstance(size, torch.SymInt) else size for size in value.shape)
+    return node.meta.get(SIZES_KEY)

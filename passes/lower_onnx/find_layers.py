@@ -14,12 +14,13 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from sparsify.errors import ExportError
-from sparsify.passes.activation import extract_activation, is_view, name_activation
+from sparsify.passes.activation import ActivationName, extract_activation, name_activation
 from sparsify.routers import Router
 
 DISPATCH = torch.ops.sparsify.dispatch.default
 EXPERT_LINEAR = torch.ops.sparsify.expert_linear.default
 COMBINE = torch.ops.sparsify.combine.default
+_REGROUPING = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,8 @@ class LayerFacts:
         activation: its name, e.g. "relu", "gelu_tanh"; "custom" when it is none of the known ones; in a gated FFN the
             function that the gate passes through.
         gated: the activation multiplies two projections.
-        may_skip_slots: an expert id may be -1.
-        irregular: why the layer is not the plain chain dispatch, expert_linear, activation, expert_linear, combine;
-            None when it is.
+        plain_router: the router takes the K largest logits, each with weight one, so no expert id is -1.
+        irregular: why the activation is no function of the projections alone, None if it is.
     """
 
     num_experts: int
@@ -49,7 +49,7 @@ class LayerFacts:
     dtype: torch.dtype
     activation: str
     gated: bool
-    may_skip_slots: bool
+    plain_router: bool
     irregular: str | None
 
 
@@ -118,8 +118,8 @@ def _read_layer(root: fx.GraphModule, dispatch: Node) -> Layer:
         raise ExportError(f"{combine.name} must read a sparsify.expert_linear, but reads {down.name}; convert it again")
     region = _between(projections, down)
     irregular = _irregular(projections, region, down)
-    activation, gate = ("custom", None) if irregular else _activation(root, projections, region, down)
-    if gate:
+    activation = ActivationName("custom", None) if irregular else _activation(projections, region, down)
+    if activation.gate:
         projections = tuple(reversed(projections))
     first, second = _weight(root, projections[0]), _weight(root, down)
     router = router_of(root, dispatch)
@@ -130,10 +130,9 @@ def _read_layer(root: fx.GraphModule, dispatch: Node) -> Layer:
         output_size=second.shape[1],
         expert_size=first.shape[1],
         dtype=first.dtype,
-        activation=activation,
+        activation=activation.name,
         gated=len(projections) > 1,
-        # The K largest of E logits always name an expert; a router with a forward of its own may leave slots empty.
-        may_skip_slots=router is None or type(router).forward is not Router.forward,
+        plain_router=router is not None and type(router).forward is Router.forward,
         irregular=irregular,
     )
     return Layer(_layer_name(dispatch, down), facts, dispatch, projections, down, combine)
@@ -144,41 +143,34 @@ def _outputs(node: Node, index: int) -> list[Node]:
 
 
 def _between(projections: tuple[Node, ...], down: Node) -> list[Node]:
-    """Every node that the input of `down` is computed with, up to the projections, in the order of the graph."""
-    stack = [down.args[0]]
+    """What the input of `down` is computed with, back to the projections and the dispatch, in the order of the graph."""
+    stack: list[Any] = [down.args[0]]
     found: set[Node] = set()
     while stack:
         node = stack.pop()
-        if not isinstance(node, Node) or node in found or node in projections:
+        if node in found or node in projections:
             continue
         found.add(node)
-        stack.extend(node.all_input_nodes)
+        stack.extend(() if node.target is DISPATCH else node.all_input_nodes)
     return [node for node in down.graph.nodes if node in found]
 
 
 def _irregular(projections: tuple[Node, ...], region: list[Node], down: Node) -> str | None:
+    """Why the activation is no function of the projections alone, None if it is."""
     inside = {*projections, *region}
-    foreign = next((node for node in region if node.op != "call_function"), None)
+    foreign = next((node for node in region if node.op != "call_function" or node.target is DISPATCH), None)
     if foreign is not None:
-        return f"the activation also reads {foreign.name}"
-    if any(node.target not in _VIEWS and not node.all_input_nodes for node in region):
-        return "the activation creates values of its own"
+        return "its activation also reads values of its own for every neuron"
+    if any(node.target in _REGROUPING for node in region):
+        return "its activation regroups tokens"
     if any(user not in inside and user is not down for node in inside for user in node.users):
-        return "the intermediate values are also read elsewhere"
-    if len(projections) > 2:
-        return f"the activation joins {len(projections)} projections"
+        return "its intermediate values are also read elsewhere"
     return None
 
 
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
-
-
-def _activation(
-    root: fx.GraphModule, projections: tuple[Node, ...], region: list[Node], down: Node
-) -> tuple[str, int | None]:
+def _activation(projections: tuple[Node, ...], region: list[Node], down: Node) -> ActivationName:
     hidden: Any = down.args[0]
-    name = name_activation(extract_activation(projections, region, hidden), len(projections), 0)
-    return name.name, name.gate
+    return name_activation(extract_activation(projections, region, hidden), len(projections), 0)
 
 
 def _weight(root: fx.GraphModule, linear: Node) -> Tensor:

@@ -38,7 +38,7 @@ class FlatGraph:
 
     def module(self) -> fx.GraphModule:
         """The graph as a module that takes the tensors one by one and returns a tuple."""
-        return fx.GraphModule(self.root, self.graph).eval()
+        return fx.GraphModule(self.root, self.graph)
 
 
 def flatten_graph(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], sizes: SizeNames) -> FlatGraph:
@@ -101,7 +101,7 @@ def _make_constant(graph: fx.Graph, placeholder: Node, value: object) -> None:
 
 def _named_outputs(model: fx.GraphModule, output: Any, taken: Mapping[str, object]) -> dict[str, Node]:
     """The output tensors by name: the path in the output pytree where it has keys, else `output`, `output_1`, ..."""
-    pytree_info = getattr(model.graph._codegen, "pytree_info", None)
+    pytree_info = getattr(getattr(model.graph, "_codegen", None), "pytree_info", None)
     if pytree_info is not None:
         output = pytree.tree_unflatten(pytree.tree_leaves(output), pytree_info.out_spec)
     named: dict[str, Node] = {}
@@ -176,7 +176,7 @@ def resize_inputs(flat: FlatGraph, sizes: Mapping[str, int]) -> dict[str, Tensor
     resized: dict[str, Tensor] = {}
     for name, tensor in flat.inputs.items():
         for dim, size in flat.size_names[name].items():
-            count = int(sympy.sympify(size).subs(dict(sizes)))
+            count = int(sympy.sympify(size, locals=dict(sizes)))
             index = torch.arange(count, device=tensor.device) % max(tensor.shape[dim], 1)
             tensor = tensor.index_select(dim, index)
         resized[name] = tensor
@@ -188,4 +188,4 @@ def with_outputs(flat: FlatGraph, extra: Callable[[fx.Graph], Sequence[Node]]) -
     graph = fx.Graph()
     outputs: Any = graph.graph_copy(flat.graph, {})
     graph.output((*outputs, *extra(graph)))
-    return fx.GraphModule(flat.root, graph).eval()
+    return fx.GraphModule(flat.root, graph)

@@ -1,0 +1,232 @@
+"""SparseModel -> an ONNX file that computes the chosen experts only, checked against the model before it is in place.
+
+    copy the graph -> ops of ours become placeholders -> torch.onnx.export -> placeholders become nodes of the target
+
+The work is done in a hidden folder beside the file; a failure at any point leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+from torch import fx, nn
+
+from sparsify.errors import ExportError, OutputError
+from sparsify.passes.capture import capture
+from sparsify.passes.lower_onnx.choose_lowering import (
+    Lowering,
+    Target,
+    Version,
+    check_options,
+    choose_lowering,
+    why_not_moe_op,
+)
+from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
+from sparsify.passes.lower_onnx.find_layers import Layer, find_layers
+from sparsify.passes.lower_onnx.flat_graph import flatten_graph
+from sparsify.passes.lower_onnx.lower_placeholders import lower_placeholders
+from sparsify.passes.lower_onnx.metadata import FileLayer, metadata
+from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
+from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
+from sparsify.passes.verify_onnx import OnnxParity, verify_onnx
+from sparsify.sparse_model import SparseModel
+
+# A protobuf message ends at 2 GiB; names and nodes need a little of it.
+_LARGEST_FILE = 2**31 - 2**27
+
+
+@dataclass(frozen=True)
+class LayerExport:
+    """How a converted layer was written, and why."""
+
+    name: str
+    lowering: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` wrote.
+
+    Attributes:
+        path: the file.
+        target: what it was written for.
+        opset: the version of its standard operators.
+        layers: the converted layers, in the order of the graph.
+        parity: the comparison with PyTorch; None with `verify=False`.
+        file_bytes: the size of the file and its external data.
+        dense_path: the dense model beside it, if one was given.
+    """
+
+    path: Path
+    target: str
+    opset: int
+    layers: tuple[LayerExport, ...]
+    parity: OnnxParity | None
+    file_bytes: int
+    dense_path: Path | None
+
+    @property
+    def load_seconds(self) -> float | None:
+        """The time that onnxruntime took to load the file; None with `verify=False`."""
+        return self.parity.load_seconds if self.parity else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values, for `json.dump`."""
+        paths = {"path": str(self.path), "dense_path": str(self.dense_path) if self.dense_path else None}
+        return {**dataclasses.asdict(self), **paths, "load_seconds": self.load_seconds}
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.file_bytes / 1e6:.1f} MB, opset {self.opset}, for {self.target}"]
+        lines += [f"  {layer.name}: {layer.lowering} ({layer.reason})" for layer in self.layers]
+        lines.append(f"  {self.parity or 'not checked in onnxruntime'}")
+        if self.dense_path:
+            lines.append(f"  dense model: {self.dense_path}")
+        return "\n".join(lines)
+
+
+def export_onnx(
+    sparse: SparseModel,
+    path: str | Path,
+    *,
+    target: Target = "ort-cpu",
+    lowering: Literal["auto"] | Lowering = "auto",
+    opset: int = 20,
+    dense: nn.Module | None = None,
+    verify: bool = True,
+) -> ExportReport:
+    """Write the model as an ONNX file, run the file in onnxruntime, and compare.
+
+    Inputs are named after the arguments of the model; outputs after the keys of its output, else `output`, `output_1`,
+    ... Batch, sequence and other dynamic dimensions stay dynamic. Weights of 2 GB and more go to `<path>.data`.
+
+    Args:
+        sparse: the model; it is left as it is.
+        path: the file to write; missing folders are made.
+        target: what will run it. "portable" keeps to standard operators.
+        lowering: "sorted_split" writes experts as standard operators, "moe_op" as one `com.microsoft::MoE` node a
+            layer; "auto" takes the faster one that is exact, layer by layer.
+        opset: the version of the standard operators.
+        dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
+        verify: run the file and compare it with the model at several shapes.
+
+    Returns:
+        What was written, and the comparison.
+
+    Raises:
+        ValueError: an option is unknown.
+        ExportError: the model cannot be exported, or `lowering="moe_op"` does not fit a layer.
+        VerificationError: the file computes something else than the model.
+        OutputError: the file cannot be written.
+        ImportError: `verify` needs onnxruntime, which is not installed.
+    """
+    check_options(target, lowering)
+    if verify:
+        require_runtime()
+    path = Path(path)
+    dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
+    with _workshop(path) as workshop:
+        model, layers = _sparse_onnx(sparse, target, lowering, opset)
+        _write(model, workshop / path.name)
+        if dense is not None and dense_path is not None:
+            _write(_dense_onnx(dense, sparse, opset), workshop / dense_path.name)
+        parity = verify_onnx(sparse, workshop / path.name) if verify else None
+        file_bytes = sum(file.stat().st_size for file in workshop.glob(f"{path.name}*"))
+        _move_all(workshop, path.parent)
+    return ExportReport(path, target, opset, layers, parity, file_bytes, dense_path)
+
+
+def _sparse_onnx(
+    sparse: SparseModel, target: Target, lowering: str, opset: int
+) -> tuple[ir.Model, tuple[LayerExport, ...]]:
+    flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
+    layers = find_layers(sparse, flat.graph)
+    runtime = runtime_version()
+    chosen = [_choose(layer, target, lowering, runtime) for layer in layers]
+    emit_placeholders(flat.graph, list(zip(layers, (choice for choice, _ in chosen), strict=True)))
+    model = trace_onnx(flat, opset)
+    expert_ids = lower_placeholders(model)
+    exports = tuple(
+        LayerExport(layer.name, choice, reason) for layer, (choice, reason) in zip(layers, chosen, strict=True)
+    )
+    in_file = [
+        FileLayer(export.name, export.lowering, export.reason, str(ids.name))
+        for export, ids in zip(exports, expert_ids, strict=True)
+    ]
+    return _labelled(model, metadata(target, in_file)), exports
+
+
+def _choose(layer: Layer, target: Target, lowering: str, runtime: Version | None) -> tuple[Lowering, str]:
+    if lowering == "auto":
+        return choose_lowering(layer.facts, target, runtime)
+    refused = why_not_moe_op(layer.facts, target, runtime) if lowering == "moe_op" else None
+    if refused is not None:
+        raise ExportError(
+            f'{layer.name} cannot become a com.microsoft.MoE node: {refused}. Use lowering="auto" or "sorted_split"'
+        )
+    return cast(Lowering, lowering), "as asked"
+
+
+def _dense_onnx(dense: nn.Module, sparse: SparseModel, opset: int) -> ir.Model:
+    args, kwargs = sparse.info.args, sparse.info.kwargs
+    captured = dense if isinstance(dense, fx.GraphModule) else capture(dense, args, kwargs)
+    model = trace_onnx(flatten_graph(captured, args, kwargs, sparse.dynamic_dims()), opset)
+    return _labelled(model, {})
+
+
+def _labelled(model: ir.Model, entries: dict[str, str]) -> ir.Model:
+    """Replace what the exporter noted on every node (stack traces with local paths) by our few entries."""
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.update(entries)
+    return model
+
+
+@contextmanager
+def _workshop(path: Path) -> Generator[Path]:
+    """A hidden folder beside `path`; making it shows, before any work, that files can be written there."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; give the name of a file in it, such as model.onnx")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workshop = tempfile.TemporaryDirectory(dir=path.parent, prefix=".sparsify-")
+    with workshop as folder:
+        yield Path(folder)
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    external = f"{path.name}.data" if size > _LARGEST_FILE else None
+    with _writing(path):
+        ir.save(model, path, external_data=external)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exported graph is not valid ONNX: {error}; report this model") from error
+
+
+def _move_all(workshop: Path, folder: Path) -> None:
+    """Put the finished files in place; each replaces the old one at once, data before the model that refers to it."""
+    for file in sorted(workshop.iterdir(), key=lambda file: file.suffix != ".data"):
+        with _writing(folder / file.name):
+            os.replace(file, folder / file.name)
+
+
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror or str(error)
+        raise OutputError(
+            f"cannot write {path}: {cause}. Choose a folder on a disk with free space where you may write"
+        ) from error

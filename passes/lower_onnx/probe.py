@@ -1,0 +1,112 @@
+"""Run a captured model at other shapes and keep what an ONNX file is compared with.
+
+T tokens, E num_experts, K top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from sparsify.passes.lower_onnx.find_layers import DISPATCH, Layer, router_of
+from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, free_sizes, resize_inputs, with_outputs
+
+# An even mix of the smallest size, sizes that divide nothing, and larger ones; the later three are spares.
+_SMALL, _PRIME, _SPARE_PRIME = 1, 7, 13
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The PyTorch model at one shape.
+
+    Attributes:
+        sizes: the dynamic sizes, by axis name.
+        inputs: by name.
+        outputs: in the order of the graph.
+        expert_ids: per layer, `[T, K]` int64.
+        gaps: per layer, `[T]`: by how much the K-th logit exceeds the next, relative to the largest; infinite where no
+            router tells.
+    """
+
+    sizes: dict[str, int]
+    inputs: dict[str, Tensor]
+    outputs: tuple[Tensor, ...]
+    expert_ids: tuple[Tensor, ...]
+    gaps: tuple[Tensor, ...]
+
+
+def references(flat: FlatGraph, layers: Sequence[Layer]) -> Iterator[Reference]:
+    """The model at the example inputs, then at other sizes; sizes that PyTorch itself refuses are left out.
+
+    Args:
+        flat: the model.
+        layers: those of `flat`.
+    """
+    module = with_outputs(flat, _tokens_and_ids)
+    for position, sizes in enumerate(_size_rounds(free_sizes(flat))):
+        inputs = resize_inputs(flat, sizes)
+        try:
+            with torch.no_grad():
+                values: tuple[Tensor, ...] = module(*inputs.values())
+        except Exception:
+            if position == 0:
+                raise
+            continue
+        yield _reference(flat, layers, sizes, inputs, values)
+
+
+def _tokens_and_ids(graph: fx.Graph) -> list[Node]:
+    """Per layer what the router reads, and the expert ids."""
+    found = graph.find_nodes(op="call_function", target=DISPATCH)
+    return [node for dispatch in found for node in dispatch.args[:2]]
+
+
+def _reference(
+    flat: FlatGraph,
+    layers: Sequence[Layer],
+    sizes: dict[str, int],
+    inputs: dict[str, Tensor],
+    values: tuple[Tensor, ...],
+) -> Reference:
+    count = len(flat.output_names)
+    tokens, expert_ids = values[count::2], values[count + 1 :: 2]
+    with torch.no_grad():
+        gaps = [_gaps(flat, layer, x) for layer, x in zip(layers, tokens, strict=True)]
+    names = {size: name for key, dims in axis_names(flat).items() for size, name in _pairs(flat.size_names[key], dims)}
+    return Reference(
+        {names[size]: value for size, value in sizes.items()}, inputs, values[:count], expert_ids, tuple(gaps)
+    )
+
+
+def _pairs(sizes: dict[int, str], names: dict[int, str]) -> list[tuple[str, str]]:
+    return [(sizes[dim], names[dim]) for dim in sizes]
+
+
+def _gaps(flat: FlatGraph, layer: Layer, x: Tensor) -> Tensor:
+    router = router_of(flat.root, layer.dispatch)
+    if router is None or router.top_k == router.num_experts:
+        return x.new_full((x.shape[0],), torch.inf, dtype=torch.float32)
+    logits = router.logits(x).float()  # [T, E]
+    ranked = logits.topk(router.top_k + 1, dim=-1).values
+    return (ranked[:, -2] - ranked[:, -1]) / logits.abs().amax(-1)
+
+
+def _size_rounds(sizes: dict[str, int]) -> Iterator[dict[str, int]]:
+    """The example sizes, then six rounds in which every size has another value than its neighbour."""
+    yield sizes
+    if not sizes:
+        return
+    for group in (0, 1):
+        for turn in range(3):
+            yield {name: _values(size, group)[(turn + i) % 3] for i, (name, size) in enumerate(sizes.items())}
+
+
+def _values(size: int, group: int) -> tuple[int, int, int]:
+    larger = size + max(1, size // 4)
+    if group == 0:
+        return _SMALL, _PRIME if size != _PRIME else _SPARE_PRIME, larger
+    return 2, _SPARE_PRIME + 4, larger + 2

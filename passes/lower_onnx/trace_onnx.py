@@ -1,0 +1,68 @@
+"""Flat graph -> `onnx_ir.Model`, by `torch.onnx.export`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Generator
+
+import onnx_ir as ir
+import torch
+
+from sparsify.errors import ExportError
+from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names
+
+
+def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
+    """Export the graph; tensors of the model are referred to, not copied.
+
+    Args:
+        flat: the graph, its example inputs and dynamic dimensions.
+        opset: the version of the standard ONNX operators.
+
+    Raises:
+        ExportError: `torch.onnx.export` refused the graph; the message holds its reason.
+    """
+    shapes = tuple(axes or None for axes in axis_names(flat).values())
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                flat.module(),
+                tuple(flat.inputs.values()),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(flat.inputs),
+                output_names=list(flat.output_names),
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(
+                f"torch.onnx.export failed: {_cause(error)}. The cause is an op of the dense model that ONNX cannot "
+                f"express in opset {opset}; try another opset, or rewrite that op"
+            ) from error
+    assert program is not None
+    return program.model
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost error: the exporter wraps it in reports of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """The exporter reports its progress and every shared axis name; what matters it raises."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,117 @@
+"""Refit down_proj in closed form to the routing that will be used: ridge regression with a pull to the old weights.
+
+For every token t, with M[t, e] = 1 where expert e runs (1 for shared experts), H = M * (h - mu) `[T, F]`, and Y the
+output of the dense FFN for the same x:
+
+    minimise  sum |Y - b - H W^T - M beta|^2 + lam |W - W_old|^2 + lam |beta|^2,    lam = ridge * mean(diag(H^T H))
+
+W is the new down_proj, beta a bias per expert, b a bias. T tokens, F neurons (of all experts), R routed experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsify.passes.split.dense_ffn import DenseFFN, Linear
+from sparsify.passes.split.experts import Experts
+from sparsify.passes.split.statistics import chunks
+
+
+def refit(dense: DenseFFN, experts: Experts, mean: Tensor, x: Tensor, expert_ids: Tensor, ridge: float) -> Experts:
+    """Solve for the down projections and biases.
+
+    Args:
+        dense: the FFN to imitate.
+        experts: its split; `expert_bias` is replaced.
+        mean: `[E * m]`, mean of the neurons in the order of the experts, shared ones first.
+        x: `[T, D]`.
+        expert_ids: `[T, K]` of the routed experts, by the router that will be deployed.
+        ridge: relative strength of the pull.
+
+    Returns:
+        The experts with new `down`, `expert_bias`, `bias` and shared down_proj.
+    """
+    features = _Moments(len(mean) + experts.num_routed, dense.down.weight.shape[0])
+    for part, ids in zip(chunks(x), chunks(expert_ids), strict=True):
+        features.add(_features(experts, mean, part, ids), dense(part))
+    old = torch.cat([_stacked_down(experts), torch.zeros(experts.num_routed, features.outputs)]).double()
+    solution, intercept = features.solve(old, ridge, num_neurons=len(mean))
+    return _with_solution(experts, mean.double(), solution, intercept)
+
+
+def _features(experts: Experts, mean: Tensor, x: Tensor, expert_ids: Tensor) -> Tensor:
+    """`[T, E * m + R]`: H beside M."""
+    selected = torch.zeros(len(x), experts.num_routed, dtype=x.dtype).scatter_(1, expert_ids, 1.0)
+    num_routed, size = experts.num_routed, experts.down.shape[2]
+    hidden = _all_hidden(experts, x) - mean.to(x.dtype)
+    routed = hidden[:, -num_routed * size :].view(len(x), num_routed, size) * selected.unsqueeze(-1)
+    return torch.cat([hidden[:, : -num_routed * size], routed.flatten(1), selected], dim=1)
+
+
+def _all_hidden(experts: Experts, x: Tensor) -> Tensor:
+    """`[T, E * m]`, in the order of the experts, shared ones first."""
+    flat = [weight.flatten(0, 1) for weight in experts.projections]
+    biases = [None if bias is None else bias.flatten() for bias in experts.projection_biases]
+    projected = [torch.nn.functional.linear(x, w, b) for w, b in zip(flat, biases, strict=True)]
+    hidden = experts.activation(*projected, *(v.flatten() if v.dim() == 2 else v for v in experts.vectors))
+    return hidden if experts.shared is None else torch.cat([experts.shared.hidden(x), hidden], dim=1)
+
+
+def _stacked_down(experts: Experts) -> Tensor:
+    """`[E * m, D_out]`."""
+    routed = experts.down.transpose(1, 2).flatten(0, 1)
+    return routed if experts.shared is None else torch.cat([experts.shared.down.weight.t(), routed])
+
+
+class _Moments:
+    """Sums over tokens from which the regression is solved; tokens come in chunks and are not kept."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.outputs = outputs
+        self.count = 0
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.sum_inputs = torch.zeros(inputs, dtype=torch.float64)
+        self.sum_outputs = torch.zeros(outputs, dtype=torch.float64)
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """`[T, inputs]`, `[T, outputs]`. Products of a chunk in their own dtype, sums of chunks in fp64."""
+        self.count += len(inputs)
+        self.gram += inputs.t() @ inputs
+        self.cross += inputs.t() @ outputs
+        self.sum_inputs += inputs.sum(0)
+        self.sum_outputs += outputs.sum(0)
+
+    def solve(self, old: Tensor, ridge: float, num_neurons: int) -> tuple[Tensor, Tensor]:
+        """Weights `[inputs, outputs]` and intercept `[outputs]`; `old` is what the weights are pulled to."""
+        mean_inputs, mean_outputs = self.sum_inputs / self.count, self.sum_outputs / self.count
+        gram = self.gram - self.count * torch.outer(mean_inputs, mean_inputs)
+        cross = self.cross - self.count * torch.outer(mean_inputs, mean_outputs)
+        pull = ridge * self.gram.diagonal()[:num_neurons].mean().clamp(min=1e-12)
+        gram.diagonal().add_(pull)
+        weights = torch.linalg.solve(gram, cross + pull * old)
+        return weights, mean_outputs - mean_inputs @ weights
+
+
+def _with_solution(experts: Experts, mean: Tensor, solution: Tensor, intercept: Tensor) -> Experts:
+    """Undo the centring: W (h - mu) + beta = W h + (beta - W mu), per expert; the shared part goes into the bias."""
+    dtype, (num_routed, outputs, size) = experts.down.dtype, experts.down.shape
+    weights, beta = solution[: len(mean)], solution[len(mean) :]
+    num_shared = len(mean) - num_routed * size
+    routed = weights[num_shared:].view(num_routed, size, outputs)
+    means = mean[num_shared:].view(num_routed, size)
+    bias = intercept - mean[:num_shared] @ weights[:num_shared]
+    shared = experts.shared
+    if shared is not None:
+        down = Linear(shared.down.role, weights[:num_shared].t().to(dtype).contiguous(), None)
+        shared = replace(shared, down=down)
+    return replace(
+        experts,
+        down=routed.transpose(1, 2).to(dtype).contiguous(),
+        expert_bias=(beta - torch.einsum("em,emo->eo", means, routed)).to(dtype),
+        bias=bias.to(dtype),
+        shared=shared,
+    )

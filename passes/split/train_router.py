@@ -1,0 +1,75 @@
+"""Fit a router to predict the norm of what each expert adds (D2DMoE, arXiv 2310.04361, section 3.3).
+
+T tokens, D hidden_size, R routed experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.passes.split.experts import Experts
+from sparsify.passes.split.statistics import chunks
+from sparsify.routers import MLPRouter
+
+_BATCH = 512
+_STEPS = 600
+_LEARNING_RATE = 1e-2
+
+
+def expert_norms(experts: Experts, x: Tensor) -> Tensor:
+    """`[T, R]`: the norm of `E_e(x) + expert_bias_e`, the deviation from what stands in when e is skipped."""
+    everyone = torch.arange(experts.num_routed)
+    return torch.cat([_norms(experts, part, everyone) for part in chunks(x)])
+
+
+def _norms(experts: Experts, x: Tensor, everyone: Tensor) -> Tensor:
+    columns = []
+    for e in everyone.tolist():
+        projected = [
+            torch.nn.functional.linear(x, weight[e], None if bias is None else bias[e])
+            for weight, bias in zip(experts.projections, experts.projection_biases, strict=True)
+        ]
+        hidden = experts.activation(*projected, *(v[e] if v.dim() == 2 else v for v in experts.vectors))
+        bias = None if experts.expert_bias is None else experts.expert_bias[e]
+        columns.append(torch.nn.functional.linear(hidden, experts.down[e], bias).norm(dim=1))
+    return torch.stack(columns, dim=1)
+
+
+def train_router(x: Tensor, norms: Tensor, top_k: int, router_hidden_size: int, seed: int) -> MLPRouter:
+    """Regress the norms, both sides standardised, with Adam and a falling learning rate.
+
+    Args:
+        x: `[T, D]`, T > 0.
+        norms: `[T, R]`.
+        top_k: routed experts that will run for a token.
+        router_hidden_size: width of the hidden layer.
+        seed: of the initial weights and the order of the batches.
+
+    Returns:
+        A router that takes `x` as it is: the standardisation is folded into its weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router = MLPRouter(x.shape[1], norms.shape[1], top_k, router_hidden_size).to(x.dtype)
+    mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    targets = norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
+    with torch.enable_grad():
+        _descend(router, (x - mean) / std, targets, seed)
+    with torch.no_grad():
+        router.hidden.weight /= std
+        router.hidden.bias -= router.hidden.weight @ mean
+    return router.requires_grad_(False)
+
+
+def _descend(router: MLPRouter, x: Tensor, targets: Tensor, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(router.parameters(), lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
+    for _ in range(_STEPS):
+        batch = torch.randint(len(x), (min(_BATCH, len(x)),), generator=generator)
+        loss = (router.logits(x[batch]) - targets[batch]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()

@@ -1,0 +1,198 @@
+"""The receipt of an ONNX file: run it in onnxruntime, and compare it with the PyTorch model at several shapes.
+
+Expert ids are compared first, as integers, one layer after the other; then the outputs. Where two experts score alike to
+within rounding, the two runtimes may choose differently, and everything after that differs by right: such a near tie is
+counted, and the outputs at that shape are not compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from sparsify.errors import VerificationError
+from sparsify.passes.lower_onnx.find_layers import Layer, find_layers
+from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph
+from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_target
+from sparsify.passes.lower_onnx.probe import Reference, references
+from sparsify.passes.lower_onnx.runtime import open_session, require_runtime, run_session
+from sparsify.sparse_model import SparseModel
+
+_OTHER_SHAPES = 3
+
+
+@dataclass(frozen=True)
+class OnnxParity:
+    """How close a file is to the PyTorch model.
+
+    Attributes:
+        shapes: where the outputs were compared: the dynamic sizes of the inputs, by axis name.
+        max_relative_error: the largest over outputs and shapes of max|difference| / max|reference|.
+        tokens_checked: routing decisions compared, one a token and layer.
+        expert_id_mismatches: decisions that differ; every one is a near tie, else there is no receipt.
+        load_seconds: the time that onnxruntime took to load the file.
+    """
+
+    shapes: tuple[dict[str, int], ...]
+    max_relative_error: float
+    tokens_checked: int
+    expert_id_mismatches: int
+    load_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        ties = f" but for {self.expert_id_mismatches} near ties" if self.expert_id_mismatches else ""
+        return (
+            f"max relative error {self.max_relative_error:.1e} at {len(self.shapes)} shapes, expert ids equal in "
+            f"{self.tokens_checked} decisions{ties}"
+        )
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """The largest relative error of an output, and the relative gap of the logits below which two experts tie."""
+
+    error: float
+    tie: float
+
+
+@dataclass(frozen=True)
+class _IdCheck:
+    """The expert ids at one shape: decisions compared, and how many of them went the other way in a near tie."""
+
+    decisions: int
+    ties: int
+
+
+def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
+    """Compare a file written by `export_onnx` with the model that it was exported from.
+
+    Args:
+        sparse: the model.
+        path: the file.
+
+    Raises:
+        VerificationError: expert ids or outputs differ, or the file belongs to another model.
+        ExportError: onnxruntime cannot load or run the file.
+        ImportError: onnxruntime is not installed.
+    """
+    require_runtime()
+    path = Path(path)
+    proto = onnx.load(str(path), load_external_data=False)
+    flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
+    layers, file_layers = find_layers(sparse, flat.graph), read_layers(proto)
+    _check_layers(path, layers, file_layers)
+    bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
+
+    session, _ = open_session(_with_expert_ids(proto, file_layers), path.parent, cuda)
+    checked: list[_IdCheck] = []
+    clean: list[Reference] = []
+    for reference in references(flat, layers):
+        ids = run_session(session, [layer.expert_ids for layer in file_layers], reference.inputs)
+        checked.append(_check_ids(reference, ids, layers, bounds))
+        if not checked[-1].ties:
+            clean.append(reference)
+        if len(clean) > _OTHER_SHAPES:
+            break
+    del session
+    if not clean:
+        raise VerificationError(
+            f"at each of {len(checked)} shapes some experts score alike to within rounding, so PyTorch and onnxruntime "
+            "may choose differently and their outputs cannot be compared; calibrate the routers, or export the model "
+            "in float32"
+        )
+    session, load_seconds = open_session(path, path.parent, cuda)
+    error = max(_output_error(reference, _outputs(session, flat, reference), flat, bounds) for reference in clean)
+    del session
+    return OnnxParity(
+        shapes=tuple(reference.sizes for reference in clean),
+        max_relative_error=error,
+        tokens_checked=sum(check.decisions for check in checked),
+        expert_id_mismatches=sum(check.ties for check in checked),
+        load_seconds=load_seconds,
+    )
+
+
+def _check_layers(path: Path, layers: Sequence[Layer], file_layers: Sequence[FileLayer]) -> None:
+    ours, theirs = [layer.name for layer in layers], [layer.name for layer in file_layers]
+    if ours != theirs:
+        raise VerificationError(
+            f"{path} holds the converted layers {theirs}, but the model has {ours}; the file was not exported from "
+            "this model, so export it again"
+        )
+
+
+def _bounds(layers: Sequence[Layer], flat: FlatGraph) -> _Bounds:
+    dtypes = {layer.facts.dtype for layer in layers} | {tensor.dtype for tensor in flat.inputs.values()}
+    half = dtypes & {torch.float16, torch.bfloat16}
+    return _Bounds(error=1e-2, tie=1e-2) if half else _Bounds(error=1e-4, tie=1e-5)
+
+
+def _with_expert_ids(proto: onnx.ModelProto, layers: Sequence[FileLayer]) -> bytes:
+    """The same model with the expert ids of every layer among its outputs; weights kept outside stay there."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(proto)
+    taken = {output.name for output in probe.graph.output}
+    for name in dict.fromkeys(layer.expert_ids for layer in layers):
+        if name not in taken:
+            probe.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+    return probe.SerializeToString()
+
+
+def _check_ids(reference: Reference, found: Sequence[Tensor], layers: Sequence[Layer], bounds: _Bounds) -> _IdCheck:
+    """Compare layer by layer, up to the first near tie: after one, tokens differ and so may every later choice."""
+    decisions = 0
+    for layer, ours, theirs, gaps in zip(layers, reference.expert_ids, found, reference.gaps, strict=True):
+        differs = (ours.cpu().sort(-1).values != theirs.sort(-1).values).any(-1)  # [T]
+        decisions += len(differs)
+        wrong = differs & (gaps.cpu() >= bounds.tie)
+        if wrong.any():
+            token = int(wrong.nonzero()[0])
+            raise VerificationError(
+                f"{layer.name}: {int(wrong.sum())} of {len(wrong)} tokens go to other experts in onnxruntime than in "
+                f"PyTorch at {reference.sizes} (token {token}: {theirs[token].tolist()} instead of "
+                f"{ours[token].tolist()}, logits {gaps[token]:.1e} apart); the file was not kept, report this model"
+            )
+        if differs.any():
+            return _IdCheck(decisions, int(differs.sum()))
+    return _IdCheck(decisions, 0)
+
+
+def _outputs(session: Any, flat: FlatGraph, reference: Reference) -> list[Tensor]:
+    return run_session(session, flat.output_names, reference.inputs)
+
+
+def _output_error(reference: Reference, found: Sequence[Tensor], flat: FlatGraph, bounds: _Bounds) -> float:
+    errors = [_relative_error(ours.cpu(), theirs) for ours, theirs in zip(reference.outputs, found, strict=True)]
+    worst = max(errors)
+    if not worst <= bounds.error:
+        raise VerificationError(
+            f"output {flat.output_names[errors.index(worst)]} differs by {worst:.1e} (relative to its largest value) "
+            f"between onnxruntime and PyTorch at {reference.sizes}; {bounds.error:.0e} is allowed. The file was not "
+            'kept; try lowering="sorted_split"'
+        )
+    return worst
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Infinite where shapes differ, or values that are not finite stand at different places."""
+    if ours.shape != theirs.shape:
+        return torch.inf
+    ours, theirs = ours.double(), theirs.double()
+    finite = ours.isfinite()
+    if not torch.equal(finite, theirs.isfinite()):
+        return torch.inf
+    if not finite.any():
+        return 0.0
+    scale = ours[finite].abs().max().item()
+    return (ours - theirs)[finite].abs().max().item() / (scale or 1.0)

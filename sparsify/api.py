@@ -1,0 +1,304 @@
+"""`sparsify()`: the pipeline, one line a stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from sparsify.config import SparsifyConfig
+from sparsify.errors import NoFFNError
+from sparsify.passes.calibrate import CalibrationStream
+from sparsify.passes.capture import DynamicShapes, capture
+from sparsify.passes.insert_moe import InsertMoEPass
+from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
+from sparsify.passes.normalize_linear import NormalizeLinearPass
+from sparsify.passes.plan import ConversionPlan, make_plan
+from sparsify.passes.split.dense_ffn import read_ffn
+from sparsify.passes.split.split_ffn import SplitResult, hold_out, split_ffn
+from sparsify.passes.verify import check_receipt
+from sparsify.report import FFNReport, Report
+from sparsify.sparse_model import SparseModel, SparseModelInfo
+
+# Called as progress(stage, done, total).
+Progress = Callable[[str, int, int], None]
+
+_SYNTHETIC_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found, in graph order: FFNs that can be split, and near misses with the reason."""
+
+    ffns: list[FFNMatch]
+    rejected: list[Rejection]
+
+
+def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Inspection:
+    """List the FFNs of a model. The model is not changed.
+
+    Args:
+        model: any module that `torch.export` can trace.
+        args: example inputs.
+        kwargs: example keyword inputs.
+
+    Returns:
+        Every legal FFN, paying or not, and every near miss.
+
+    Raises:
+        CaptureError: the model cannot be traced, or the example inputs do not fit it.
+    """
+    return Inspection(*match_ffn(NormalizeLinearPass()(capture(model, args, kwargs)).graph_module))
+
+
+def sparsify(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    config: SparsifyConfig | None = None,
+    calibration: Iterable[object] | None = None,
+    dynamic_shapes: DynamicShapes = "auto",
+    progress: Progress | None = None,
+    **options: Any,
+) -> SparseModel:
+    """Convert the FFNs of a trained dense model into routed experts.
+
+    Args:
+        model: any module that `torch.export` can trace. It is not changed. Weights that are not converted are shared
+            with the result.
+        args: example inputs, or a single tensor. Give every dimension that should stay dynamic a size of at least 2.
+        kwargs: example keyword inputs.
+        config: how to divide; or give its fields as keyword options.
+        calibration: an iterable of batches: `(args, kwargs)`, tuples, dicts or tensors, with the structure of the
+            example inputs. Positions where a keyword `attention_mask` is 0 are left out. None converts from the weights
+            and the example inputs alone, which costs quality.
+        dynamic_shapes: "auto", or what `torch.export.export` takes.
+        progress: called as `progress(stage, done, total)`.
+        **options: fields of `SparsifyConfig`.
+
+    Returns:
+        A `SparseModel` with the inputs and outputs of the model; `.report` says what was done.
+
+    Raises:
+        ValueError: an option is not valid.
+        CaptureError: the model cannot be traced, or the example inputs do not fit it.
+        NoFFNError: the model has no FFN that can be split.
+        CalibrationError: the calibration data is empty, does not fit, or leads to values that are not finite.
+    """
+    config = _config(config, options)
+    args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
+    clock = _Clock(progress)
+    graph_module = clock.run("capture", lambda: capture(model, args, kwargs, dynamic_shapes))
+    graph_module = NormalizeLinearPass()(graph_module).graph_module
+    matches, rejections = clock.run("match", lambda: match_ffn(graph_module))
+    _require_ffn(model, graph_module, matches, rejections)
+    plan = make_plan(matches, config)
+    results, tokens = clock.run(
+        "convert", lambda: _convert(graph_module, matches, plan, config, calibration, (args, kwargs), progress)
+    )
+    sparse = SparseModel(graph_module, graph_module.graph)
+    sparse.train(model.training)
+    error = clock.run("verify", lambda: _output_error(model, sparse, args, kwargs))
+    report = Report(
+        ffns=_ffn_reports(matches, rejections, plan, results, config),
+        notes=_notes(graph_module, args, kwargs, calibration is None, plan),
+        calibration_tokens=tokens,
+        parameters_before=_count(model),
+        parameters_after=_count(sparse),
+        output_error=error,
+        seconds=clock.seconds,
+    )
+    shared = {layer.name: layer.num_shared_experts for layer in plan.layers if layer.converts}
+    sparse.info = SparseModelInfo(args, kwargs, shared, report)
+    return sparse
+
+
+def _config(config: SparsifyConfig | None, options: dict[str, Any]) -> SparsifyConfig:
+    if config is None:
+        return SparsifyConfig(**options)
+    return replace(config, **options)
+
+
+@torch.no_grad()
+def _convert(
+    graph_module: GraphModule,
+    matches: list[FFNMatch],
+    plan: ConversionPlan,
+    config: SparsifyConfig,
+    calibration: Iterable[object] | None,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    progress: Progress | None,
+) -> tuple[dict[str, SplitResult], int]:
+    """Split and insert, layer after layer, each on the output of the layers already converted."""
+    position = {node.name: i for i, node in enumerate(graph_module.graph.nodes)}
+    todo = [match for match, layer in zip(matches, plan.layers, strict=True) if layer.converts]
+    todo.sort(key=lambda match: position[match.x])
+    results: dict[str, SplitResult] = {}
+    if not todo:
+        return results, 0
+    batches = [example] if calibration is None else calibration
+    stream = CalibrationStream(graph_module, batches, config.max_calibration_tokens)
+    tokens = 0
+    for done, match in enumerate(todo):
+        _tell(progress, "convert", done, len(todo))
+        x = stream.tokens_at(_node(graph_module, match.x), match.name)
+        fit, measured = hold_out(x) if calibration is not None else (_synthetic(x, config.seed), x)
+        dense = read_ffn(graph_module, match)
+        result = split_ffn(dense, fit, config, may_refit=calibration is not None, measured_on=measured)
+        check_receipt(match.name, result.receipt)
+        InsertMoEPass(match, result.experts, result.router, dense.weight_dtype, dense.requires_grad)(graph_module)
+        results[match.name], tokens = result, len(x) if calibration is not None else 0
+    _tell(progress, "convert", len(todo), len(todo))
+    return results, tokens
+
+
+def _node(graph_module: GraphModule, name: str) -> torch.fx.Node:
+    return next(node for node in graph_module.graph.nodes if node.name == name)
+
+
+def _synthetic(x: Tensor, seed: int) -> Tensor:
+    """Tokens `[4096, D]` with the mean and spread, feature by feature, of the few that the example inputs give."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(_SYNTHETIC_TOKENS, x.shape[1], generator=generator, dtype=x.dtype)
+    return x.mean(0) + noise * x.std(0, correction=0)
+
+
+def _require_ffn(
+    model: nn.Module, graph_module: GraphModule, matches: list[FFNMatch], rejections: list[Rejection]
+) -> None:
+    if matches:
+        return
+    linears = len(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
+    nearest = "\n".join(f"  - {rejection}" for rejection in rejections[:5])
+    detail = f"The nearest:\n{nearest}" if nearest else "None of them feeds another one through an activation function."
+    raise NoFFNError(
+        f"{type(model).__name__} has no feed-forward layer that can be split, among {linears} linear layers. {detail}"
+    )
+
+
+@torch.no_grad()
+def _output_error(model: nn.Module, sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Relative L2 difference over all floating outputs, both models in evaluation mode."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        expected = model.eval()(*args, **kwargs)
+    finally:
+        for module, training in flags:
+            module.training = training
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(sparse(*args, **kwargs)), strict=True)
+    floating = [(a.double(), b.double()) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+    difference = sum(float((a - b).square().sum()) for a, b in floating)
+    size = sum(float(a.square().sum()) for a, _ in floating)
+    return (difference / size) ** 0.5 if size else difference**0.5
+
+
+def _ffn_reports(
+    matches: list[FFNMatch],
+    rejections: list[Rejection],
+    plan: ConversionPlan,
+    results: dict[str, SplitResult],
+    config: SparsifyConfig,
+) -> tuple[FFNReport, ...]:
+    reports = [
+        _ffn_report(match, layer.reason, results.get(match.name), config)
+        for match, layer in zip(matches, plan.layers, strict=True)
+    ]
+    refused = [FFNReport(r.name, "", "", 0, 0, "rejected", f"{r.reason} (node `{r.node}`)") for r in rejections]
+    return (*reports, *refused)
+
+
+def _ffn_report(match: FFNMatch, reason: str, result: SplitResult | None, config: SparsifyConfig) -> FFNReport:
+    report = FFNReport(
+        name=match.name,
+        kind=match.kind,
+        activation=match.activation,
+        hidden_size=match.hidden_size,
+        intermediate_size=match.intermediate_size,
+        action="dense",
+        reason=reason,
+        flops_before=match.flops_per_token,
+        flops_after=match.flops_per_token,
+        parameters_before=match.num_parameters,
+        parameters_after=match.num_parameters,
+    )
+    if result is None:
+        return report
+    size = result.experts.down.shape[2]
+    per_neuron = match.flops_per_token // match.intermediate_size
+    return replace(
+        report,
+        action="converted",
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        num_shared_experts=config.shared,
+        receipt=result.receipt,
+        error=result.error,
+        error_before_refit=result.error_before_refit,
+        tokens_per_expert=result.tokens_per_expert,
+        flops_after=config.top_k * size * per_neuron + 2 * sum(p.numel() for p in _matrices(result.router)),
+        parameters_after=result.experts.num_parameters + _count(result.router),
+    )
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.dim() == 2]
+
+
+def _notes(
+    graph_module: GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weights_only: bool,
+    plan: ConversionPlan,
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    values = pytree.tree_leaves((args, kwargs))
+    for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), values, strict=True):
+        notes += [
+            f"input `{node.name}` has a fixed size of {size} in dimension {dim}, because the example has it: a size of "
+            "0 or 1 cannot stay dynamic; give an example with at least 2"
+            for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ())
+            if size < 2
+        ]
+    if not any(layer.converts for layer in plan.layers):
+        notes.append("nothing was converted: every FFN stays dense for the reason given; see select=")
+    elif weights_only:
+        notes.append(
+            "no calibration data: experts, routers and means rest on the weights and on random tokens shaped like the "
+            "example inputs, and down_proj was not refitted. The errors above are on the example inputs. Real "
+            "calibration data lowers them; see README, section Limits, for what that is worth"
+        )
+    return tuple(notes)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tell(progress: Progress | None, stage: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(stage, done, total)
+
+
+class _Clock:
+    """Times the stages and reports the short ones; `convert` reports itself, layer by layer."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    def run(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Run one stage."""
+        start = time.perf_counter()
+        _tell(self._progress if stage != "convert" else None, stage, 0, 1)
+        result = work()
+        _tell(self._progress if stage != "convert" else None, stage, 1, 1)
+        self.seconds[stage] = time.perf_counter() - start
+        return result

@@ -1,0 +1,27 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsify.models.dense_model import DenseModel
+from sparsify.models.load import load
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Makes every test start from the same random state, whichever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> DenseModel:
+    """all-MiniLM-L6-v2, loaded once."""
+    return load("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> DenseModel:
+    """SmolLM2-135M-Instruct, loaded once: it takes seconds to widen the quantised weights."""
+    return load("smollm2")
