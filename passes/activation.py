@@ -12,7 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Target
+
+from sparsify.passes.graph_values import as_node, last_size
 
 _KNOWN: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -59,9 +63,9 @@ def extract_activation(inputs: Sequence[Node], region: Sequence[Node], result: N
     copied: dict[Node, Node] = {node: copy.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
     for node in region:
         if is_view(node):
-            copied[node] = copied[node.args[0]]
+            copied[node] = copied[as_node(node.args[0])]
             continue
-        copied[node] = copy.node_copy(node, lambda arg: copied[arg])
+        copied[node] = copy.node_copy(node, copied.__getitem__)
         copied[node].target = _functional(node.target)
         copied[node].meta.clear()
     copy.output(copied[result])
@@ -75,23 +79,18 @@ def is_view(node: Node) -> bool:
     views = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default)
     if node.target not in (*views, aten.flatten.using_ints, aten.squeeze.dim):
         return False
-    before, after = node.args[0].meta["val"], node.meta["val"]
-    return before.dim() > 0 and after.dim() > 0 and _same_int(before.shape[-1], after.shape[-1])
+    before, after = last_size(as_node(node.args[0])), last_size(node)
+    return before is not None and before == after
 
 
-def _same_int(a: object, b: object) -> bool:
-    return type(a) is int and type(b) is int and a == b
-
-
-def _functional(target: object) -> object:
+def _functional(target: Target) -> Target:
     """`aten.relu_.default` -> `aten.relu.default`; anything else unchanged."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return target
-    packet = target.overloadpacket.__name__
-    if not packet.endswith("_") or packet.endswith("__"):
+    packet, overload = target.name().removeprefix("aten::").partition(".")[::2]
+    if not packet.endswith("_"):
         return target
-    functional_packet = getattr(torch.ops.aten, packet[:-1], None)
-    return getattr(functional_packet, target._overloadname, target)
+    return getattr(getattr(torch.ops.aten, packet[:-1], None), overload or "default", target)
 
 
 def name_activation(activation: GraphModule, num_projections: int, num_vectors: int) -> ActivationName:

@@ -149,21 +149,17 @@ def _select(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _flatten(graph_module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> list[Any]:
-    spec = graph_module._in_spec
+    spec: pytree.TreeSpec = getattr(graph_module, "_in_spec")  # noqa: B009 - no public way to it
     names = list(spec.children()[1].context or ())
     if set(names) == set(kwargs):
         kwargs = {name: kwargs[name] for name in names}
     values, given = pytree.tree_flatten((args, kwargs))
     if given != spec:
         raise CalibrationError(
-            f"calibration batch {index} does not have the structure of the example inputs: got {_outline(args, kwargs)}, "
-            f"the model was captured with {spec.children()[0].num_children} positional and keyword inputs {names}."
+            f"calibration batch {index} has {len(args)} positional inputs and the keywords {list(kwargs)}, but the "
+            f"model was captured with {spec.children()[0].num_children} and {names}; give both the same structure."
         )
     return values
-
-
-def _outline(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return f"{len(args)} positional and keyword inputs {list(kwargs)}"
 
 
 def _check_finite(inputs: Sequence[Node], values: Sequence[object], index: int) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ def capture(
 
     Args:
         model: any module that `torch.export` can trace.
-        args: example inputs. A dimension of size 0 or 1 is taken as fixed: give at least 2 where it should stay dynamic.
+        args: example inputs. A dimension of size 0 or 1 becomes fixed: give at least 2 where it should stay dynamic.
         kwargs: example keyword inputs.
         dynamic_shapes: "auto" (every dimension that the model leaves free), or what `torch.export.export` takes.
 
@@ -44,24 +44,24 @@ def capture(
             cannot be traced (the message names the line of the model).
     """
     kwargs = kwargs or {}
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         _check_inputs(model, args, kwargs)
     shapes = _auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise CaptureError(_trace_message(model, error)) from error
-    graph_module = exported.module()
-    if not isinstance(graph_module, GraphModule):
-        raise CaptureError(f"torch.export returned a {type(graph_module).__name__}, not a GraphModule")
-    return _plain(graph_module)
+    return _plain(exported.module())
 
 
 def _plain(graph_module: GraphModule) -> GraphModule:
-    """Drop the guards: they are code, not graph, so they cannot be saved; shapes stay written on the placeholders."""
-    for node in graph_module.graph.find_nodes(op="call_module", target="_guards_fn"):
-        graph_module.graph.erase_node(node)
+    """Drop what only checks: guards are code, not graph, and cannot be saved; shapes stay on the placeholders."""
+    graph = graph_module.graph
+    checks = graph.find_nodes(op="call_module", target="_guards_fn")
+    checks += graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)
+    for node in checks:
+        graph.erase_node(node)
     plain = GraphModule(graph_module, graph_module.graph)
     plain.meta.update(graph_module.meta)
     return plain
@@ -71,7 +71,7 @@ def _auto_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """`Dim.AUTO` on every dimension of every example tensor, by the names of the parameters of `forward`."""
 
     def spec(leaf: object) -> dict[int, Any] | None:
-        return {i: torch.export.Dim.AUTO for i in range(leaf.dim())} if isinstance(leaf, Tensor) else None
+        return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
 
     arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return pytree.tree_map(spec, dict(arguments))
@@ -121,7 +121,7 @@ def _model_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
     """`model.eval()` for a while; flags differ by module, so each is restored on its own."""
     flags = [(module, module.training) for module in model.modules()]
     try:

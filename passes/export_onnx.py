@@ -38,7 +38,7 @@ from sparsify.passes.lower_onnx.lower_placeholders import lower_placeholders
 from sparsify.passes.lower_onnx.metadata import FileLayer, metadata
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
-from sparsify.passes.verify_onnx import OnnxParity, verify_onnx
+from sparsify.passes.verify_onnx import OnnxParity, compare_file, verify_onnx
 from sparsify.sparse_model import SparseModel
 
 # A protobuf message ends at 2 GiB; names and nodes need a little of it.
@@ -139,7 +139,7 @@ def export_onnx(
         model, layers = _sparse_onnx(sparse, target, lowering, opset)
         _write(model, workshop / path.name)
         if dense is not None and dense_path is not None:
-            _write(_dense_onnx(dense, sparse, opset), workshop / dense_path.name)
+            _export_dense(dense, sparse, workshop / dense_path.name, opset, verify)
         parity = verify_onnx(sparse, workshop / path.name) if verify else None
         file_bytes = sum(file.stat().st_size for file in workshop.glob(f"{path.name}*"))
         _move_all(workshop, path.parent)
@@ -177,11 +177,13 @@ def _choose(layer: Layer, target: Target, lowering: str, runtime: Version | None
     return cast(Lowering, lowering), "as asked"
 
 
-def _dense_onnx(dense: nn.Module, sparse: SparseModel, opset: int) -> ir.Model:
+def _export_dense(dense: nn.Module, sparse: SparseModel, path: Path, opset: int, verify: bool) -> None:
     args, kwargs = sparse.info.args, sparse.info.kwargs
     captured = dense if isinstance(dense, fx.GraphModule) else capture(dense, args, kwargs)
-    model = trace_onnx(flatten_graph(captured, args, kwargs, sparse.dynamic_dims()), opset)
-    return _labelled(model, {})
+    flat = flatten_graph(captured, args, kwargs, sparse.dynamic_dims())
+    _write(_labelled(trace_onnx(flat, opset), {}), path)
+    if verify:
+        compare_file(flat, path)
 
 
 def _labelled(model: ir.Model, entries: dict[str, str]) -> ir.Model:

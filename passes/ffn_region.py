@@ -8,12 +8,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from sparsify.passes.activation import is_view
+from sparsify.passes.graph_values import as_node, fake_tensor, last_size, op_name
 
 aten = torch.ops.aten
 
@@ -37,8 +39,9 @@ _TRANSPARENT = (
     aten.gelu.default,
 )
 # Pointwise, but linear in the activations: alone they make no activation function.
-_LINEAR = {"add", "sub", "rsub", "mul", "div", "neg", "clone", "to", "_to_copy", "dropout", "contiguous", "alias"}
-_LINEAR |= {"dropout_", "detach", "type_as", "feature_dropout", "alpha_dropout", "lift_fresh_copy", "add_", "mul_"}
+_ARITHMETIC = {"add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg"}
+_COPIES = {"clone", "to", "_to_copy", "type_as", "contiguous", "alias", "detach", "lift_fresh_copy"}
+_LINEAR = _ARITHMETIC | _COPIES | {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}
 
 _CHUNKS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
@@ -58,10 +61,10 @@ class Region:
     """What lies between the projections and `down`."""
 
     down: Node
-    parts: list[Part] = field(default_factory=list)
-    vectors: list[Node] = field(default_factory=list)
-    interior: list[Node] = field(default_factory=list)
-    blocked: list[tuple[Node, str]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list[Part])
+    vectors: list[Node] = field(default_factory=list[Node])
+    interior: list[Node] = field(default_factory=list[Node])
+    blocked: list[tuple[Node, str]] = field(default_factory=list[tuple[Node, str]])
 
     @property
     def has_activation(self) -> bool:
@@ -76,7 +79,7 @@ class Region:
         between = sorted({*self.interior, *(node for node, _ in self.blocked)}, key=_position(self.down))
         for node in between:
             tensors = [arg for arg in node.all_input_nodes if arg not in self.vectors]
-            if _op_name(node) in ("add", "sub") and 0 < sum(arg in fed for arg in tensors) < len(tensors):
+            if op_name(node) in ("add", "sub") and 0 < sum(arg in fed for arg in tensors) < len(tensors):
                 return True
             fed |= {node} if any(arg in fed for arg in tensors) else set()
         return False
@@ -85,8 +88,8 @@ class Region:
 def find_region(down: Node) -> Region:
     """Collect the region above `down`. Nodes come in the order of the graph."""
     region = Region(down)
-    width = down.args[0].meta["val"].shape[-1]
-    stack, seen = [down.args[0]], set[Node]()
+    width = last_size(as_node(down.args[0])) or 0
+    stack, seen = [as_node(down.args[0])], set[Node]()
     while stack:
         node = stack.pop()
         if node in seen:
@@ -112,41 +115,39 @@ def _visit(region: Region, node: Node, width: int) -> list[Node]:
         region.parts.append(part)
         return []
     if node.op == "get_attr":
-        return _visit_constant(region, node, width)
+        _file_constant(region, node, width)
+        return []
     if is_neuron_wise(node):
         region.interior.append(node)
         return node.all_input_nodes[:1] if is_view(node) else node.all_input_nodes
     region.blocked.append((node, _why_blocked(node)))
     # Look behind a norm, reduction or convolution of the same width, to tell a refused FFN from something else.
-    behind = [arg for arg in node.all_input_nodes[:1] if _width(arg) == width == _width(node) and not _is_join(node)]
-    return behind
+    return [arg for arg in node.all_input_nodes[:1] if last_size(arg) == width == last_size(node)]
 
 
-def _visit_constant(region: Region, node: Node, width: int) -> list[Node]:
-    value = node.meta.get("val")
-    if isinstance(value, Tensor) and value.numel() in (1, width) and (value.dim() == 0 or value.shape[-1] in (1, width)):
+def _file_constant(region: Region, node: Node, width: int) -> None:
+    value = fake_tensor(node)
+    if value is not None and (value.numel() == 1 or value.numel() == width == last_size(node)):
         region.vectors.append(node)
-        return []
-    region.blocked.append((node, "reads a constant that is no per-neuron vector"))
-    return []
+        return
+    region.blocked.append((node, f"`{node.target}`, no per-neuron vector, is mixed in between the projections"))
 
 
 def is_neuron_wise(node: Node) -> bool:
     """Every output element depends only on the same neuron of the inputs."""
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+    if node.op != "call_function" or fake_tensor(node) is None:
         return False
-    if any(not isinstance(arg.meta.get("val"), Tensor) for arg in node.all_input_nodes):
+    if any(fake_tensor(arg) is None for arg in node.all_input_nodes):
         return is_view(node)  # sizes as arguments: fine in a view, not in arithmetic
     if node.target in _TRANSPARENT or is_view(node):
         return True
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _as_part(node: Node) -> Part | None:
     if is_linear(node):
-        return Part(node, node, 0, _width(node))
-    if node.target is operator.getitem and node.args[0].target in _CHUNKS:
+        return Part(node, node, 0, last_size(node) or 0)
+    if node.target is operator.getitem and as_node(node.args[0]).target in _CHUNKS:
         return _as_chunk(node)
     if node.target is aten.slice.Tensor and is_linear(node.args[0]):
         return _as_slice(node)
@@ -154,8 +155,9 @@ def _as_part(node: Node) -> Part | None:
 
 
 def _as_chunk(node: Node) -> Part | None:
-    chunks = node.args[0]
-    linear, index = chunks.args[0], node.args[1]
+    """`chunk(linear, ..)[index]` on the last dimension."""
+    chunks, index = as_node(node.args[0]), cast("int", node.args[1])
+    linear = as_node(chunks.args[0])
     dim = chunks.args[2] if len(chunks.args) > 2 else chunks.kwargs.get("dim", 0)
     if not is_linear(linear) or not _is_last(dim, linear):
         return None
@@ -165,44 +167,32 @@ def _as_chunk(node: Node) -> Part | None:
 
 
 def _as_slice(node: Node) -> Part | None:
-    linear, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    """`linear[..., start:stop]`."""
+    linear = as_node(node.args[0])
+    dim, start, stop, step = cast("tuple[Any, ...]", (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]))
     if not _is_last(dim, linear) or step != 1:
         return None
-    start, stop, _ = slice(start, stop).indices(_width(linear))
+    start, stop, _ = slice(start, stop).indices(last_size(linear) or 0)
     return Part(node, linear, start, stop)
 
 
 def is_linear(node: object) -> bool:
-    """`aten.linear` with a weight that is a parameter, plain or transposed."""
+    """A linear layer, whatever its weight is."""
     return isinstance(node, Node) and node.target is aten.linear.default
 
 
-def _is_last(dim: int, node: Node) -> bool:
-    return dim in (-1, node.meta["val"].dim() - 1)
+def _is_last(dim: object, node: Node) -> bool:
+    value = fake_tensor(node)
+    return value is not None and dim in (-1, value.dim() - 1)
 
 
 def _is_activation(node: Node, seen: set[Node]) -> bool:
-    name = _op_name(node)
-    if name in ("mul", "mul_") and sum(isinstance(arg, Node) and arg in seen for arg in node.args) == 2:
+    if op_name(node) in ("mul", "mul_") and sum(isinstance(arg, Node) and arg in seen for arg in node.args) == 2:
         return True
-    return name not in _LINEAR and not is_view(node)
-
-
-def _op_name(node: Node) -> str:
-    """`add` for `aten.add.Tensor`."""
-    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", node.target))
-
-
-def _is_join(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
-
-
-def _width(node: Node) -> int:
-    value = node.meta.get("val")
-    return value.shape[-1] if isinstance(value, Tensor) and value.dim() > 0 else -1
+    return op_name(node) not in _LINEAR and not is_view(node)
 
 
 def _why_blocked(node: Node) -> str:
     if node.op == "placeholder":
         return f"the input `{node.name}` is mixed in between the projections"
-    return f"`{_op_name(node)}` stands between the projections and is not neuron-wise, so neurons cannot be divided"
+    return f"`{op_name(node)}` stands between the projections and is not neuron-wise, so neurons cannot be divided"

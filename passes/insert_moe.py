@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from sparsify import ops as _ops  # noqa: F401 - importing it registers torch.ops.sparsify
 from sparsify.errors import PassError
 from sparsify.passes.base import Pass, PassResult
+from sparsify.passes.graph_values import as_node
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.split.experts import Experts
 from sparsify.routers import Router
 
 aten = torch.ops.aten
-moe = torch.ops.sparsify
+moe = torch.ops.sparsify  # registered by sparsify.ops, which split.experts imports
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class InsertMoEPass(Pass):
         vectors = self._row_vectors(graph, parameters, expert_ids, order)
         hidden = self._activate(graph, [*projected, *vectors])
         out = call(
-            moe.expert_linear.default, (hidden, parameters["down_proj"], parameters.get("down_proj_bias"), offsets)
+            expert_linear, (hidden, parameters["down_proj"], parameters.get("down_proj_bias"), offsets)
         )
         y = call(moe.combine.default, (out, routing_weights, order))
         if self.experts.shared is not None:
@@ -186,10 +186,10 @@ def _erase(graph_module: GraphModule, down: Node, projections: set[Node]) -> Non
 
 def _between(down: Node, projections: set[Node]) -> list[Node]:
     """Every node from the projections to `down`."""
-    stack, seen = [down.args[0]], set[Node]()
+    stack, seen = [as_node(down.args[0])], set[Node]()
     while stack:
         node = stack.pop()
-        if isinstance(node, Node) and node not in seen and node.op == "call_function":
+        if node not in seen and node.op == "call_function":
             seen.add(node)
             stack += [] if node in projections else node.all_input_nodes
     return list(seen)

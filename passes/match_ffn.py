@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch.fx import GraphModule, Node
 
-from sparsify.passes.activation import extract_activation, name_activation
+from sparsify.passes.activation import extract_activation, is_view, name_activation
 from sparsify.passes.ffn_region import Part, Region, find_region
+from sparsify.passes.graph_values import as_node, fake_tensor, last_size
 
 aten = torch.ops.aten
 
@@ -123,7 +124,7 @@ def _match_one(graph_module: GraphModule, down: Node, earlier: list[FFNMatch]) -
     region = find_region(down)
     if not region.parts or not region.has_activation or region.is_residual_stream:
         return None
-    inputs = {part.linear.args[0] for part in region.parts}
+    inputs = {as_node(part.linear.args[0]) for part in region.parts}
     if region.blocked and len(inputs) > 1:
         return None
     place = _place(region)
@@ -135,7 +136,7 @@ def _match_one(graph_module: GraphModule, down: Node, earlier: list[FFNMatch]) -
 def _faults(region: Region) -> Iterator[tuple[Node, str]]:
     """Reasons that lie in the region itself."""
     x = region.parts[0].linear.args[0]
-    width = region.down.args[0].meta["val"].shape[-1]
+    width = last_size(as_node(region.down.args[0]))
     for part in region.parts:
         if part.linear.args[0] is not x:
             yield part.linear, "its projections read different inputs"
@@ -144,11 +145,21 @@ def _faults(region: Region) -> Iterator[tuple[Node, str]]:
     for linear in (*(part.linear for part in region.parts), region.down):
         if _weight_of(linear) is None:
             yield linear, "its weight is computed in the graph (quantised, LoRA or tied by arithmetic), not a parameter"
+    for node in region.interior:
+        if not is_view(node) and any(_tokens(arg) not in ("", _tokens(node)) for arg in node.all_input_nodes):
+            yield node, f"`{node.name}` broadcasts over tokens, so a token is not processed by itself"
     inside = _inside(region)
     for node in inside - {region.down}:
         for reader in node.users:
             if reader not in inside and reader.target is not aten.sym_size.int:
                 yield reader, f"`{reader.name}` also reads the intermediate values, so neurons cannot be divided"
+
+
+def _tokens(node: Node) -> str:
+    """The leading dimensions of a value, "" where they are all one, as in a per-neuron vector."""
+    value = fake_tensor(node)
+    sizes = [str(size) for size in value.shape[:-1]] if value is not None else []
+    return ",".join(sizes) if set(sizes) - {"1"} else ""
 
 
 def _conflicts(region: Region, earlier: list[FFNMatch]) -> Iterator[tuple[Node, str]]:
@@ -165,18 +176,16 @@ def _conflicts(region: Region, earlier: list[FFNMatch]) -> Iterator[tuple[Node, 
 def _inside(region: Region) -> set[Node]:
     """All nodes that vanish with the FFN, the chunks of a fused projection included."""
     parts = {node for part in region.parts for node in (part.node, part.linear)}
-    chunks = {part.node.args[0] for part in region.parts if part.node is not part.linear}
-    # Readers of a fused projection that take a part which belongs to the region are inside as well.
+    chunks = {as_node(part.node.args[0]) for part in region.parts if part.node is not part.linear}
     return {*parts, *chunks, *region.interior, region.down}
 
 
 def _build(name: str, region: Region) -> FFNMatch:
     inputs = [part.node for part in region.parts] + region.vectors
-    activation = extract_activation(inputs, region.interior, region.down.args[0])
+    hidden, x = as_node(region.down.args[0]), as_node(region.parts[0].linear.args[0])
+    activation = extract_activation(inputs, region.interior, hidden)
     named = name_activation(activation, len(region.parts), len(region.vectors))
-    x = region.parts[0].linear.args[0]
-    hidden_size, width = int(x.meta["val"].shape[-1]), int(region.down.args[0].meta["val"].shape[-1])
-    out_features = int(region.down.meta["val"].shape[-1])
+    hidden_size, width, out_features = (last_size(node) or 0 for node in (x, hidden, region.down))
     return FFNMatch(
         name=name,
         kind="plain" if len(region.parts) == 1 else "gated",
@@ -203,21 +212,21 @@ def _role(index: int, gate: int | None) -> str:
 
 
 def _projection(part: Part, role: str) -> Projection:
-    weight, bias = part.linear.args[1], part.linear.args[2] if len(part.linear.args) > 2 else None
-    transposed = weight.op != "get_attr"
-    path = weight.args[0].target if transposed else weight.target
-    return Projection(role, part.node.name, path, bias.target if bias else None, transposed, part.start, part.stop)
+    weight, bias = as_node(part.linear.args[1]), part.linear.args[2] if len(part.linear.args) > 2 else None
+    path = _weight_of(part.linear)
+    if path is None:
+        raise ValueError(f"`{part.linear.name}` has no parameter as its weight")
+    bias_path = None if bias is None else str(as_node(bias).target)
+    return Projection(role, part.node.name, path, bias_path, weight.op != "get_attr", part.start, part.stop)
 
 
 def _weight_of(linear: Node) -> str | None:
     """Path of the weight parameter; None if weight or bias are not plain parameters."""
-    weight, *bias = linear.args[1:]
-    if any(node is not None and node.op != "get_attr" for node in bias):
+    weight, bias = as_node(linear.args[1]), linear.args[2] if len(linear.args) > 2 else None
+    if bias is not None and as_node(bias).op != "get_attr":
         return None
-    if weight.op == "get_attr":
-        return str(weight.target)
-    is_transposed = weight.target is aten.t.default and weight.args[0].op == "get_attr"
-    return str(weight.args[0].target) if is_transposed else None
+    stored = as_node(weight.args[0]) if weight.target is aten.t.default else weight
+    return str(stored.target) if stored.op == "get_attr" else None
 
 
 def _place(region: Region) -> str:

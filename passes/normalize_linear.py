@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparsify.passes.base import Pass, PassResult
+from sparsify.passes.graph_values import as_node, fake_tensor, last_size
 
 aten = torch.ops.aten
 
@@ -49,10 +50,10 @@ def _rewrite_product(graph_module: GraphModule, node: Node) -> bool:
 def _as_product(node: Node) -> tuple[Node, Node, Node | None] | None:
     """(x, W, b) of cases 1 and 2, W being [in, out]."""
     if node.target is aten.addmm.default and not node.kwargs:
-        bias, x, weight = node.args
+        bias, x, weight = (as_node(arg) for arg in node.args)
         return (x, weight, bias) if _is_weight(weight) and _is_vector(bias) else None
     if node.target in (aten.mm.default, aten.matmul.default):
-        x, weight = node.args
+        x, weight = (as_node(arg) for arg in node.args)
         return (x, weight, None) if _is_weight(weight) and not _is_weight(x) else None
     return None
 
@@ -61,8 +62,10 @@ def _rewrite_bias(graph_module: GraphModule, node: Node) -> bool:
     """Case 4."""
     if node.target not in (aten.add.Tensor, operator.add) or node.kwargs:
         return False
-    linear, bias = node.args if _is_bare_linear(node.args[0]) else reversed(node.args)
-    if not _is_bare_linear(linear) or not _is_vector(bias) or bias.meta["val"].shape[0] != linear.meta["val"].shape[-1]:
+    addends = [arg for arg in node.args if isinstance(arg, Node)]
+    linear = next((addend for addend in addends if _is_bare_linear(addend)), None)
+    bias = next((addend for addend in addends if _is_vector(addend)), None)
+    if linear is None or bias is None or last_size(bias) != last_size(linear):
         return False
     with graph_module.graph.inserting_before(node):
         merged = graph_module.graph.call_function(aten.linear.default, (linear.args[0], linear.args[1], bias))
@@ -75,7 +78,7 @@ def _rewrite_bias(graph_module: GraphModule, node: Node) -> bool:
 def _transposed(graph_module: GraphModule, weight: Node) -> Node:
     """Case 3."""
     if weight.op != "get_attr":
-        return weight.args[0]
+        return as_node(weight.args[0])
     node = graph_module.graph.call_function(aten.t.default, (weight,))
     node.meta["val"] = weight.meta["val"].t()
     return node
@@ -87,31 +90,32 @@ def _replace(node: Node, linear: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _is_bare_linear(node: object) -> bool:
-    if not isinstance(node, Node) or node.target is not aten.linear.default or len(node.users) != 1:
+def _is_bare_linear(node: Node) -> bool:
+    if node.target is not aten.linear.default or len(node.users) != 1:
         return False
     return len(node.args) < 3 or node.args[2] is None
 
 
-def _is_weight(node: object) -> bool:
+def _is_weight(node: Node) -> bool:
     """A matrix parameter, plain or transposed once."""
-    if not isinstance(node, Node) or _rank(node) != 2:
+    if _rank(node) != 2:
         return False
-    return node.op == "get_attr" or (_is_transpose(node) and node.args[0].op == "get_attr")
+    return node.op == "get_attr" or (_is_transpose(node) and as_node(node.args[0]).op == "get_attr")
 
 
 def _is_transpose(node: Node) -> bool:
+    """Of a matrix."""
     if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
         return True
     if node.target is aten.transpose.int:
-        return sorted(int(dim) % 2 for dim in node.args[1:]) == [0, 1]
-    return node.target is aten.permute.default and [int(dim) % 2 for dim in node.args[1]] == [1, 0]
+        return sorted(cast("int", dim) % 2 for dim in node.args[1:]) == [0, 1]
+    return node.target is aten.permute.default and [d % 2 for d in cast("list[int]", node.args[1])] == [1, 0]
 
 
-def _is_vector(node: object) -> bool:
-    return isinstance(node, Node) and node.op == "get_attr" and _rank(node) == 1
+def _is_vector(node: Node) -> bool:
+    return node.op == "get_attr" and _rank(node) == 1
 
 
 def _rank(node: Node) -> int:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else -1
+    value = fake_tensor(node)
+    return -1 if value is None else value.dim()

@@ -86,28 +86,23 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
         ExportError: onnxruntime cannot load or run the file.
         ImportError: onnxruntime is not installed.
     """
-    require_runtime()
-    path = Path(path)
-    proto = onnx.load(str(path), load_external_data=False)
     flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
-    layers, file_layers = find_layers(sparse, flat.graph), read_layers(proto)
+    return compare_file(flat, Path(path))
+
+
+def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
+    """`verify_onnx` for a model that is flat already, and which may have no experts at all."""
+    require_runtime()
+    proto = onnx.load(str(path), load_external_data=False)
+    layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
-
     session, _ = open_session(_with_expert_ids(proto, file_layers), path.parent, cuda)
-    checked: list[_IdCheck] = []
-    clean: list[Reference] = []
-    for reference in references(flat, layers):
-        ids = run_session(session, [layer.expert_ids for layer in file_layers], reference.inputs)
-        checked.append(_check_ids(reference, ids, layers, bounds))
-        if not checked[-1].ties:
-            clean.append(reference)
-        if len(clean) > _OTHER_SHAPES:
-            break
+    clean, checks = _check_routing(flat, layers, session, [layer.expert_ids for layer in file_layers])
     del session
     if not clean:
         raise VerificationError(
-            f"at each of {len(checked)} shapes some experts score alike to within rounding, so PyTorch and onnxruntime "
+            f"at each of {len(checks)} shapes some experts score alike to within rounding, so PyTorch and onnxruntime "
             "may choose differently and their outputs cannot be compared; calibrate the routers, or export the model "
             "in float32"
         )
@@ -117,10 +112,27 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
     return OnnxParity(
         shapes=tuple(reference.sizes for reference in clean),
         max_relative_error=error,
-        tokens_checked=sum(check.decisions for check in checked),
-        expert_id_mismatches=sum(check.ties for check in checked),
+        tokens_checked=sum(check.decisions for check in checks),
+        expert_id_mismatches=sum(check.ties for check in checks),
         load_seconds=load_seconds,
     )
+
+
+def _check_routing(
+    flat: FlatGraph, layers: Sequence[Layer], session: Any, names: Sequence[str]
+) -> tuple[list[Reference], list[_IdCheck]]:
+    """The shapes without a near tie, up to four, and the checks of every shape tried."""
+    bounds = _bounds(layers, flat)
+    checks: list[_IdCheck] = []
+    clean: list[Reference] = []
+    for reference in references(flat, layers):
+        ids = run_session(session, names, reference.inputs) if names else []
+        checks.append(_check_ids(reference, ids, layers, bounds))
+        if not checks[-1].ties:
+            clean.append(reference)
+        if len(clean) > _OTHER_SHAPES:
+            break
+    return clean, checks
 
 
 def _check_layers(path: Path, layers: Sequence[Layer], file_layers: Sequence[FileLayer]) -> None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from sparsify.config import SparsifyConfig
 from sparsify.errors import NoFFNError
 from sparsify.passes.calibrate import CalibrationStream
-from sparsify.passes.capture import DynamicShapes, capture
+from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode
 from sparsify.passes.insert_moe import InsertMoEPass
 from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
 from sparsify.passes.normalize_linear import NormalizeLinearPass
@@ -186,12 +186,8 @@ def _require_ffn(
 @torch.no_grad()
 def _output_error(model: nn.Module, sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Relative L2 difference over all floating outputs, both models in evaluation mode."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        expected = model.eval()(*args, **kwargs)
-    finally:
-        for module, training in flags:
-            module.training = training
+    with evaluation_mode(model):
+        expected = model(*args, **kwargs)
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(sparse(*args, **kwargs)), strict=True)
     floating = [(a.double(), b.double()) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
     difference = sum(float((a - b).square().sum()) for a, b in floating)

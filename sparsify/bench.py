@@ -308,7 +308,9 @@ def _checked_sizes(flat: FlatGraph, sizes: Sequence[Sequence[int]]) -> Sequence[
         if len(size) != len(free) or any(number < 1 for number in size):
             given = "x".join(map(str, size))
             wanted = " x ".join(names) or "nothing, as all inputs have fixed sizes"
-            raise ValueError(f"the size {given} does not fit the inputs of the model, whose dynamic sizes are: {wanted}")
+            raise ValueError(
+                f"the size {given} does not fit the inputs of the model, whose dynamic sizes are: {wanted}"
+            )
     return sizes or _DEFAULT_SIZES.get(len(free), (tuple(free.values()),))
 
 

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from sparsify.errors import OutputError
@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 @contextlib.contextmanager
-def output_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+def output_folder(path: Path) -> Generator[Path]:
     """Yields an empty staging folder, whose entries move into `path` if the body succeeds.
 
     Whether `path` can be written is checked before the body runs. If the body raises anything, Ctrl-C included, the
@@ -38,7 +38,6 @@ def output_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
 
     Args:
         path: the folder; missing parents are made.
-        needed_bytes: refuse to start if less than this is free.
 
     Raises:
         OutputError: `path` cannot be written, before or after the work.
@@ -53,7 +52,8 @@ def output_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
             for parent in made:
                 parent.mkdir()
             outer = _make_staging(target)
-            _check_space(path, outer, needed_bytes)
+            (outer / "probe").write_bytes(b"probe")
+            (outer / "probe").unlink()
             # A folder of its own, as the mode of a temporary folder would keep others from reading the result.
             staging = outer / "new"
             staging.mkdir()
@@ -69,6 +69,24 @@ def output_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
             _remove_empty(made)
 
 
+def require_space(path: Path, needed_bytes: int) -> None:
+    """Refuses to go on where a disk has too little room.
+
+    Args:
+        path: an existing folder.
+        needed_bytes: what will be written there.
+
+    Raises:
+        OutputError: less is free.
+    """
+    free = shutil.disk_usage(path).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"{path} cannot be written: about {needed_bytes / 1e6:,.0f} MB are needed, but only {free / 1e6:,.0f} MB "
+            f"are free there; {_REMEDIES[errno.ENOSPC]}"
+        )
+
+
 def _check_folder(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(target))
@@ -82,17 +100,6 @@ def _make_staging(target: Path) -> Path:
     if target.exists():
         return Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=target))
     return Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
-
-
-def _check_space(path: Path, staging: Path, needed_bytes: int) -> None:
-    (staging / "probe").write_bytes(b"probe")
-    (staging / "probe").unlink()
-    free = shutil.disk_usage(staging).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"{path} cannot be written: about {needed_bytes / 1e6:,.0f} MB are needed, but only {free / 1e6:,.0f} MB "
-            f"are free there; {_REMEDIES[errno.ENOSPC]}"
-        )
 
 
 def _publish(staging: Path, target: Path, replaced: Path) -> None:
@@ -126,7 +133,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _refusals(path: Path, staging: Path | None = None) -> Iterator[None]:
+def _refusals(path: Path, staging: Path | None = None) -> Generator[None]:
     """Turns the refusals of the file system into OutputError; with `staging`, those that do not concern it pass."""
     try:
         yield

@@ -20,22 +20,24 @@ if TYPE_CHECKING:
 
 _STYLE = """
 :root { color: #1c2330; background: #fff; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-body { max-width: 72rem; margin: 3rem auto; padding: 0 1.5rem; }
+body { max-width: 78rem; margin: 3rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
 p, li { max-width: 46rem; } .lead { color: #5a6475; margin: 0; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: #5a6475; border-bottom: 1px solid #c9d0da; }
 th, td { padding: .3rem 1.1rem .3rem 0; vertical-align: top; white-space: nowrap; }
 td { border-bottom: 1px solid #eceff3; } .number { text-align: right; }
 td.prose { white-space: normal; min-width: 18rem; }
 code { font: 13px/1.4 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.dead { background: #fff3d6; } .good { color: #14713d; } .bad { color: #b3261e; }
+.dead { background: #fff3d6; } .good td:nth-child(5) { color: #14713d; } .bad td:nth-child(5) { color: #b3261e; }
 img { max-width: 100%; height: auto; }
 """
 
 
-def write_html(report: Report, path: Path, export: ExportReport | None = None, bench: BenchReport | None = None) -> None:
+def write_html(
+    report: Report, path: Path, export: ExportReport | None = None, bench: BenchReport | None = None
+) -> None:
     """Writes the report as a web page of one file.
 
     Args:
@@ -59,7 +61,7 @@ def _page(report: Report, export: ExportReport | None, bench: BenchReport | None
     converted = report.converted
     left = [ffn for ffn in report.ffns if ffn.action != "converted"]
     sections = [
-        ("The whole model", _table((), [(_bold(label), _text(text)) for label, text in facts(report)])),
+        ("The whole model", _table((), [(_bold(label), _text(_arrows(text))) for label, text in facts(report)])),
         ("Notes", _list(report.notes) if report.notes else ""),
         ("Converted", (_converted(converted) + _reasons(converted)) if converted else ""),
         ("Load of the experts", _load(converted)),
@@ -80,7 +82,7 @@ def _page(report: Report, export: ExportReport | None, bench: BenchReport | None
 def _converted(ffns: Sequence[FFNReport]) -> str:
     shown = columns()
     rows = [
-        [_cell(column.text(ffn), number=column.is_number, code=column.heading == "FFN") for column in shown]
+        [_cell(_arrows(column.text(ffn)), number=column.is_number, code=column.heading == "FFN") for column in shown]
         for ffn in ffns
     ]
     heads = [_head(column.heading, number=column.is_number) for column in shown]
@@ -122,12 +124,9 @@ def _export(export: ExportReport) -> str:
 
 def _bench(bench: BenchReport) -> str:
     heads = ("runtime", "inputs", "dense ms", "sparse ms", "speedup", "range")
-    rows: list[list[str]] = []
-    for timing in bench.timings:
-        cells = [_cell(text, number=i > 1) for i, text in enumerate(timing_cells(timing))]
-        verdict = "good" if timing.speedup >= 1 else "bad"
-        rows.append([cell.replace('class="', f'class="{verdict} ') if i == 4 else cell for i, cell in enumerate(cells)])
-    table = _raw_table([_head(head, number=i > 1) for i, head in enumerate(heads)], rows)
+    rows = [[_cell(text, number=i > 1) for i, text in enumerate(timing_cells(timing))] for timing in bench.timings]
+    marked = ["good" if timing.speedup >= 1 else "bad" for timing in bench.timings]
+    table = _raw_table([_head(head, number=i > 1) for i, head in enumerate(heads)], rows, marked)
     return f"<p>{_text(describe_machine(bench.machine))}</p>{table}"
 
 
@@ -148,6 +147,7 @@ def _load_plot(ffns: Sequence[FFNReport]) -> bytes:
     """A heat map, one row an FFN and one column an expert, as a PNG."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("report.html needs matplotlib: pip install sparsify-moe[demo]") from error
     width = max(len(ffn.tokens_per_expert) for ffn in ffns)
@@ -162,7 +162,7 @@ def _load_plot(ffns: Sequence[FFNReport]) -> bytes:
         axes.plot(dead, [y] * len(dead), "x", color="#b3261e", markersize=6)
     axes.set_yticks(range(len(ffns)), [ffn.name for ffn in ffns], fontsize=8)
     axes.set_xlabel("experts, the busiest first")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="tokens / even load")
     stream = io.BytesIO()
@@ -208,3 +208,8 @@ def _bold(text: str) -> str:
 
 def _text(text: str) -> str:
     return html.escape(text)
+
+
+def _arrows(text: str) -> str:
+    """Terminals get ASCII, a page has better signs."""
+    return text.replace("->", "\N{RIGHTWARDS ARROW}")

@@ -75,9 +75,8 @@ def save_model(sparse: SparseModel, folder: Path) -> None:
             "model out of the conversion."
         ) from error
     graph = json.dumps(document, indent=1, allow_nan=False).encode()
-    needed_bytes = len(graph) + sum(tensor.nbytes for tensor in tensors.values())
     try:
-        with output_folder(folder, needed_bytes=needed_bytes) as staging:
+        with output_folder(folder) as staging:
             (staging / GRAPH_FILE).write_bytes(graph)
             # One entry only: safetensors writes several in an order that changes from run to run.
             save_file(tensors, staging / TENSOR_FILE, metadata={"graph_sha256": _sha256(graph)})

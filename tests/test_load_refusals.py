@@ -65,9 +65,41 @@ def edit_tree(**changes):
     return lambda document: document["example_inputs"]["spec"].__setitem__(1, {**leaf, **changes})
 
 
+def rename_node(name):
+    """Everywhere, so that only the name itself can be refused."""
+
+    def edit(document) -> None:
+        nodes_of(document)["output"]["args"] = [{"node": name}]
+        nodes_of(document)["gelu_default"]["name"] = name
+
+    return edit
+
+
+def rename_weight(name):
+    """In all three places, so that only the name itself can be refused."""
+
+    def edit(document) -> None:
+        nodes_of(document)["ffn_experts_up_proj"]["target"] = name
+        tensor = next(tensor for tensor in document["tensors"] if tensor["name"] == "ffn.experts.up_proj")
+        tensor["name"] = name
+
+    return edit
+
+
+def without_inputs(argument):
+    """A graph whose signature alone holds `argument`: there it need not be a name to be valid Python."""
+
+    def edit(document) -> None:
+        output = {"op": "output", "name": "output", "target": "output", "args": [1], "kwargs": {}}
+        document["graph"] = {"signature": {**SIGNATURE, "arguments": [argument]}, "nodes": [output]}
+
+    return edit
+
+
 DEFAULTDICT = {"default_factory_module": "attacker", "default_factory_name": "attack", "dict_context": []}
 ENUM = json.dumps([{"__enum__": True, "fqn": "attacker:Attack", "name": "A"}])
 CODE = "print(open('/etc/passwd').read())"
+QUOTED = "print(1)"  # no dot, which would end the name
 ATTACKS = {
     "function": edit_node("gelu_default", target="builtins.eval"),
     "bare function": edit_node("gelu_default", target="eval"),
@@ -81,11 +113,11 @@ ATTACKS = {
     "attribute of an op": edit_node("gelu_default", target="torch.ops.aten.gelu.__class__"),
     "method": edit_node("gelu_default", op="call_method", target="backward"),
     "kind of node": edit_node("gelu_default", op="exec"),
-    "code as name": edit_node("gelu_default", name=f"a\n    {CODE}\n    b"),
-    "keyword as name": edit_node("gelu_default", name="import"),
+    "code as name": rename_node(f"a\n    {CODE}\n    b"),
+    "keyword as name": rename_node("import"),
     "code as input": edit_node("x", target=f"x, y={CODE}"),
     "code as keyword": edit_node("gelu_default", kwargs={f"approximate={CODE}, x": 1}),
-    "quote in a path": edit_node("ffn_experts_up_proj", target=f'ffn."), {CODE}, ("'),
+    "quote in a path": rename_weight(f'ffn.experts.x"), {QUOTED}, ("'),
     "special attribute": edit_node("ffn_experts_up_proj", target="__class__"),
     "attribute of a module": edit_node("ffn_experts_up_proj", target="forward.__globals__"),
     "module that is no router": edit_node("ffn_router", target="ffn.experts"),
@@ -93,7 +125,7 @@ ATTACKS = {
     "undefined node": edit_node("gelu_default", args=[{"node": "nowhere"}]),
     "device that is code": edit_node("gelu_default", args=[{"device": CODE}]),
     "constant that is a function": edit_node("gelu_default", args=[{"constant": "torch.load"}]),
-    "argument name": lambda d: d["graph"].update(signature={**SIGNATURE, "arguments": [f"x={CODE}"]}),
+    "argument name": without_inputs(f"x={CODE}"),
     "keyword argument": lambda d: d["graph"].update(signature={**SIGNATURE, "in_spec": KEYWORDS}),
     "defaultdict factory": edit_tree(type="collections.defaultdict", context=DEFAULTDICT),
     "enumeration key": edit_tree(type="builtins.dict", context=ENUM),

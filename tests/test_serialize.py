@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -147,7 +149,7 @@ def test_routers_and_sparsify_ops(tmp_path):
 
 
 def test_minilm(minilm, tmp_path):
-    """Protects a real encoder whose outputs are a class of transformers."""
+    """Protects a real encoder whose outputs are a class of transformers, imported on demand in a fresh process."""
     inputs = {"input_ids": torch.randint(0, 30000, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     saved = captured(minilm.model, (), inputs, {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in inputs})
     saved.save(tmp_path)
@@ -156,6 +158,15 @@ def test_minilm(minilm, tmp_path):
     with torch.no_grad():
         assert_same(loaded, saved, **longer)
     assert saved.dynamic_dims()["input_ids"].keys() == {0, 1}
+    lines = (
+        "import sys; from sparsify.sparse_model import SparseModel",
+        "assert 'transformers' not in sys.modules",
+        "model = SparseModel.load(sys.argv[1]); print(type(model(**model.info.kwargs)).__module__)",
+    )
+    fresh = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert fresh.stdout.startswith("transformers.")
 
 
 class Regions(nn.Module):

@@ -13,7 +13,7 @@ R = T*K rows, E experts. P = E + 1 parts, the last for unused slots, or P = E wh
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,12 +91,12 @@ def _replace(graph: fx.Graph, node: Node, function: Callable[..., Any], argument
     return placeholder
 
 
-def _dispatch(x: Tensor, expert_ids: Tensor, settings: dict[str, int]) -> Any:
+def _dispatch(x: Tensor, expert_ids: Tensor, settings: Mapping[str, int]) -> Any:
     rows = expert_ids.shape[0] * settings["top_k"]
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Dispatch",
         (x, expert_ids),
-        dict(settings),
+        {**settings},
         dtypes=(x.dtype, torch.int64, torch.int32, torch.int64),
         shapes=((rows, x.shape[1]), (rows,), (settings["num_experts"] + 1,), (settings["num_parts"],)),
         version=1,
@@ -114,20 +114,18 @@ def _expert_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, tokens_per
     )
 
 
-def _combine(rows: Tensor, routing_weights: Tensor, order: Tensor, settings: dict[str, int]) -> Tensor:
+def _combine(rows: Tensor, routing_weights: Tensor, order: Tensor, settings: Mapping[str, int]) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::Combine",
         (rows, routing_weights, order),
-        settings,
+        {**settings},
         dtype=rows.dtype,
         shape=(routing_weights.shape[0], rows.shape[1]),
         version=1,
     )
 
 
-def _moe(arguments: tuple[Tensor | None, ...], settings: dict[str, int | str]) -> Tensor:
+def _moe(arguments: tuple[Tensor | None, ...], settings: Mapping[str, int | str]) -> Tensor:
     x = arguments[0]
     assert x is not None
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::MoE", arguments, settings, dtype=x.dtype, shape=x.shape, version=1
-    )
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::MoE", arguments, {**settings}, dtype=x.dtype, shape=x.shape, version=1)

@@ -67,8 +67,13 @@ def flatten_graph(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[st
     named = _named_outputs(model, output, inputs)
     graph.output(tuple(named.values()))
     graph.lint()
-    size_names = {name: dict(sizes.get(name, {})) for name in inputs}
+    size_names = {name: _varying(sizes.get(name, {})) for name in inputs}
     return FlatGraph(graph, model, inputs, tuple(named), size_names)
+
+
+def _varying(sizes: Mapping[int, str]) -> dict[int, str]:
+    """Without the sizes that tracing found to be one number, which are written `3` and not `s0`."""
+    return {dim: size for dim, size in sizes.items() if not size.isdecimal()}
 
 
 def _leaves(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -173,10 +178,12 @@ def resize_inputs(flat: FlatGraph, sizes: Mapping[str, int]) -> dict[str, Tensor
     Returns:
         Tensors by input name.
     """
+    values = [(sympy.Symbol(name), value) for name, value in sizes.items()]
     resized: dict[str, Tensor] = {}
     for name, tensor in flat.inputs.items():
         for dim, size in flat.size_names[name].items():
-            count = int(sympy.sympify(size, locals=dict(sizes)))
+            expression: Any = sympy.sympify(size)
+            count = int(expression.subs(values))
             index = torch.arange(count, device=tensor.device) % max(tensor.shape[dim], 1)
             tensor = tensor.index_select(dim, index)
         resized[name] = tensor

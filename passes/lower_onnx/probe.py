@@ -15,10 +15,6 @@ from torch.fx import Node
 from sparsify.passes.lower_onnx.find_layers import DISPATCH, Layer, router_of
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, free_sizes, resize_inputs, with_outputs
 
-# An even mix of the smallest size, sizes that divide nothing, and larger ones; the later three are spares.
-_SMALL, _PRIME, _SPARE_PRIME = 1, 7, 13
-
-
 @dataclass(frozen=True)
 class Reference:
     """The PyTorch model at one shape.
@@ -96,17 +92,16 @@ def _gaps(flat: FlatGraph, layer: Layer, x: Tensor) -> Tensor:
 
 
 def _size_rounds(sizes: dict[str, int]) -> Iterator[dict[str, int]]:
-    """The example sizes, then six rounds in which every size has another value than its neighbour."""
+    """The example sizes, then nine rounds in which every size has another value than its neighbour."""
     yield sizes
     if not sizes:
         return
-    for group in (0, 1):
+    for group in range(3):
         for turn in range(3):
-            yield {name: _values(size, group)[(turn + i) % 3] for i, (name, size) in enumerate(sizes.items())}
+            yield {name: _values(size)[group][(turn + i) % 3] for i, (name, size) in enumerate(sizes.items())}
 
 
-def _values(size: int, group: int) -> tuple[int, int, int]:
+def _values(size: int) -> tuple[tuple[int, int, int], ...]:
+    """1, a prime, larger; then spares, for models that refuse some of these (an image smaller than its patches)."""
     larger = size + max(1, size // 4)
-    if group == 0:
-        return _SMALL, _PRIME if size != _PRIME else _SPARE_PRIME, larger
-    return 2, _SPARE_PRIME + 4, larger + 2
+    return (1, 7 if size != 7 else 13, larger), (2, 17, larger + 2), (size + 1, 2 * size, 3 * size)

@@ -83,8 +83,8 @@ def run_session(session: Session, names: Sequence[str], inputs: Mapping[str, Ten
     Raises:
         ExportError: onnxruntime failed.
     """
-    feeds = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
     try:
+        feeds = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
         outputs = session.run(list(names), feeds)
     except Exception as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}

@@ -15,6 +15,9 @@ from sparsify.errors import ExportError
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names
 
 
+_LONGEST_CAUSE = 400
+
+
 def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
     """Export the graph; tensors of the model are referred to, not copied.
 
@@ -40,19 +43,21 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
             )
         except Exception as error:
             raise ExportError(
-                f"torch.onnx.export failed: {_cause(error)}. The cause is an op of the dense model that ONNX cannot "
-                f"express in opset {opset}; try another opset, or rewrite that op"
+                f"torch.onnx.export failed: {_cause(error)}. Usually an op of the dense model cannot be "
+                f"expressed in opset {opset}; try another opset, or rewrite that op"
             ) from error
     assert program is not None
+    written = program.model.opset_imports.get("")
+    if written != opset:
+        raise ExportError(f"torch.onnx.export wrote opset {written} instead of {opset}; ask for opset 18 or later")
     return program.model
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the innermost error: the exporter wraps it in reports of its own."""
+    """The start of the innermost error: the exporter wraps it in reports of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_CAUSE].strip('. ')}"
 
 
 @contextlib.contextmanager

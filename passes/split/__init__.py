@@ -1,0 +1,1 @@
+"""Neurons -> experts; one method a file, `split_ffn.py` puts them in order."""

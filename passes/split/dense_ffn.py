@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from sparsify.passes.activation import extract_activation
+from sparsify.passes.graph_values import as_node
 from sparsify.passes.match_ffn import FFNMatch, Projection
 
 
@@ -68,7 +69,7 @@ def read_ffn(graph_module: GraphModule, match: FFNMatch) -> DenseFFN:
     return DenseFFN(
         projections=tuple(_read_linear(graph_module, projection) for projection in match.projections),
         vectors=tuple(_widen(v).reshape(-1) if v.numel() > 1 else _widen(v) for v in vectors),
-        activation=extract_activation(inputs, interior, nodes[match.down].args[0]),
+        activation=extract_activation(inputs, interior, as_node(nodes[match.down].args[0])),
         down=_read_linear(graph_module, match.down_proj),
         weight_dtype=weight.dtype,
         requires_grad=weight.requires_grad,

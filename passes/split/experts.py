@@ -78,7 +78,7 @@ def divide(dense: DenseFFN, neurons: Tensor, num_shared: int) -> Experts:
 
     Args:
         dense: the FFN.
-        neurons: `[E, m]` int64, which neurons each expert takes, shared experts first; -1 pads an expert that has fewer.
+        neurons: `[E, m]` int64, the neurons of each expert, shared experts first; -1 pads an expert that has fewer.
         num_shared: S.
 
     Returns:

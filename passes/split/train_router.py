@@ -58,7 +58,7 @@ def train_router(x: Tensor, norms: Tensor, top_k: int, router_hidden_size: int, 
         _descend(router, (x - mean) / std, targets, seed)
     with torch.no_grad():
         router.hidden.weight /= std
-        router.hidden.bias -= router.hidden.weight @ mean
+        router.hidden.bias.sub_(router.hidden.weight @ mean)
     return router.requires_grad_(False)
 
 
@@ -68,7 +68,7 @@ def _descend(router: MLPRouter, x: Tensor, targets: Tensor, seed: int) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
     for _ in range(_STEPS):
         batch = torch.randint(len(x), (min(_BATCH, len(x)),), generator=generator)
-        loss = (router.logits(x[batch]) - targets[batch]).square().mean()
+        loss = (router.logits(x.index_select(0, batch)) - targets.index_select(0, batch)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

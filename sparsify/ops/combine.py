@@ -5,6 +5,8 @@ T tokens, D hidden_size, K top_k. Sums run over the K slots in a fixed order and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,12 +63,12 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     rows, routing_weights, order = inputs
     ctx.save_for_backward(rows, routing_weights, order)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, routing_weights, order = ctx.saved_tensors
     grads = torch.ops.sparsify.combine_backward(grad.contiguous(), rows, routing_weights, order)
     grad_rows, grad_weights = grads

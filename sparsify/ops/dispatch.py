@@ -5,6 +5,8 @@ T tokens, D hidden_size, E num_experts, K top_k.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def _check_range(ids: Tensor, num_experts: int) -> None:
         raise IndexError(f"expert_ids must lie in [-1, {num_experts}), got values from {low} to {high}")
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, expert_ids, _ = inputs
     _, order, _ = output
     ctx.save_for_backward(order)
@@ -65,7 +67,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_rows, grad_order, grad_offsets):
+def _backward(ctx: Any, grad_rows: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     if grad_rows is None:
         return None, None, None
     (order,) = ctx.saved_tensors

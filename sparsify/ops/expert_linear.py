@@ -5,6 +5,9 @@ R rows (T*K of them), E num_experts, M input and N output features.
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,16 +67,16 @@ def _(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tens
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
     bounds: list[int] = offsets.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     rows, weight, bias, offsets = inputs
     ctx.save_for_backward(rows, weight, offsets)
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight, offsets = ctx.saved_tensors
     grads = torch.ops.sparsify.expert_linear_backward(grad.contiguous(), rows, weight, offsets)
     grad_rows, grad_weight, grad_bias = grads

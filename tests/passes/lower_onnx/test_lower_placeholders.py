@@ -1,0 +1,50 @@
+"""The lowered model as a whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from sparsify.passes.lower_onnx.lower_placeholders import lower_placeholders
+
+
+def _moe(ids: np.ndarray) -> dict[str, np.ndarray | None]:
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.standard_normal((3, 8)).astype(np.float32),
+        "ids": ids,
+        "weights": np.ones(ids.shape, np.float32),
+        "down_proj": rng.standard_normal((4, 8, 6)).astype(np.float32),
+        "down_bias": None,
+        "up_proj": rng.standard_normal((4, 6, 8)).astype(np.float32),
+        "up_bias": None,
+    }
+
+
+def test_imports_what_it_uses_and_nothing_else(placeholder_model) -> None:
+    """onnxruntime refuses com.microsoft above version 1, and knows no domain of ours."""
+    attributes = {"num_experts": 4, "top_k": 2, "activation": "relu", "unit_weights": 1}
+    model = placeholder_model("MoE", _moe(np.zeros((3, 2), np.int64)), attributes, (np.float32,))
+    (ids,) = lower_placeholders(model)
+    assert dict(model.opset_imports) == {"": 20, "com.microsoft": 1}
+    assert ids.name == "ids"
+    assert [output.name for output in model.graph.outputs] == ["y0"]
+
+
+def test_sites_that_share_a_weight_share_its_slices(placeholder_model) -> None:
+    """One expert bank read at many places (ALBERT) is stored once."""
+    inputs = {
+        "rows": np.zeros((4, 5), np.float32),
+        "proj": np.zeros((4, 5, 5), np.float32),
+        "bias": None,
+        "tokens_per_expert": np.ones(4, np.int64),
+    }
+    model = placeholder_model("ExpertLinear", inputs, {"num_parts": 4}, (np.float32,))
+    first = model.graph[0]
+    second = ir.node("ExpertLinear", [first.outputs[0], *first.inputs[1:]], {"num_parts": 4}, domain="sparsify")
+    second.outputs[0].name, second.outputs[0].type = "again", ir.TensorType(ir.DataType.FLOAT)
+    model.graph.append(second)
+    model.graph.outputs.append(second.outputs[0])
+    lower_placeholders(model)
+    assert sum(node.op_type == "Gemm" for node in model.graph) == 8
+    assert sorted(model.graph.initializers) == [f"proj.{e}" for e in range(4)]
