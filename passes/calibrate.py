@@ -6,7 +6,7 @@ the values that are still needed are kept for each batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,15 @@ _MASK = "attention_mask"  # the keyword of Hugging Face tokenizers; 0 marks padd
 class CalibrationStream:
     """Batches on their way through a graph module. Not finite values and batches that do not fit are refused."""
 
-    def __init__(self, graph_module: GraphModule, batches: Iterable[object], max_tokens: int) -> None:
+    def __init__(self, graph_module: GraphModule, batches: Sequence[object]) -> None:
         """Flatten the batches to the inputs of the graph.
 
         Args:
             graph_module: a captured model.
-            batches: `(args, kwargs)`, tuples of arguments, dicts of keyword arguments, or single tensors.
-            max_tokens: no further batch is read once this many tokens were seen.
+            batches: see `read_batches`.
 
         Raises:
-            CalibrationError: there is no batch, or one does not fit the model, or holds values that are not finite.
+            CalibrationError: a batch does not fit the model, or holds values that are not finite.
         """
         self._graph_module = graph_module
         self._interpreter = Interpreter(graph_module, garbage_collect_values=False)
@@ -39,33 +38,33 @@ class CalibrationStream:
         self._environments: list[dict[Node, Any]] = []
         self._masks: list[Tensor | None] = []
         inputs = graph_module.graph.find_nodes(op="placeholder")
-        for index, batch in enumerate(_read(batches, max_tokens)):
+        for index, batch in enumerate(batches):
             args, kwargs = as_call(batch)
             values = _flatten(graph_module, args, kwargs, index)
             _check_finite(inputs, values, index)
             self._environments.append(dict(zip(inputs, values, strict=True)))
             self._masks.append(_token_mask(kwargs))
-        if not self._environments:
-            raise CalibrationError(
-                "the calibration data is empty: no batch came out of it. Pass an iterable of batches (a generator can "
-                "be read only once), or calibration=None for a conversion from the weights alone."
-            )
         self._executed.update(inputs)
 
-    def tokens_at(self, node: Node, name: str) -> Tensor:
-        """Run every batch up to `node` `[..., D]`.
+    def tokens_at(self, nodes: Sequence[str], name: str) -> list[Tensor]:
+        """Run every batch as far as needed to know some nodes.
 
         Args:
-            node: the input of an FFN.
+            nodes: names of nodes with values `[..., D]`: the input of an FFN, and others that were not passed yet.
             name: of the FFN, for the error message.
 
         Returns:
-            `[T, D]`, the tokens of all batches without padding, fp32 (fp64 in an fp64 model).
+            `[T, D]` per node: the tokens of all batches without padding, fp32 (fp64 in an fp64 model).
 
         Raises:
             CalibrationError: a token is not finite, or no token is left.
         """
-        self._advance(node)
+        by_name = {node.name: node for node in self._graph_module.graph.nodes}
+        wanted = [by_name[node] for node in nodes]
+        self._advance(wanted)
+        return [self._tokens(node, name) for node in wanted]
+
+    def _tokens(self, node: Node, name: str) -> Tensor:
         found: list[Tensor] = []
         for index, (environment, mask) in enumerate(zip(self._environments, self._masks, strict=True)):
             tokens = _select(environment[node], mask)
@@ -80,28 +79,27 @@ class CalibrationStream:
             raise CalibrationError(f"no calibration token reaches {name}: every batch is empty or masked out.")
         return tokens if tokens.dtype == torch.float64 else tokens.float()
 
-    def _advance(self, node: Node) -> None:
-        """Execute, in graph order, what lies before `node` and `node` itself; forget what nobody needs any more."""
-        todo: list[Node] = []
-        for candidate in self._graph_module.graph.nodes:
-            todo += [candidate] if candidate not in self._executed else []
-            if candidate is node:
-                break
-        for environment in self._environments:
-            self._run(todo, environment)
+    def _advance(self, wanted: Sequence[Node]) -> None:
+        """Execute, in graph order, all up to the last of `wanted`; forget what neither it nor a later node needs."""
+        order = list(self._graph_module.graph.nodes)
+        last = max(order.index(node) for node in wanted)
+        todo = [node for node in order[: last + 1] if node not in self._executed]
         self._executed.update(todo)
+        needed = {node for node in order if node in wanted or not self._executed.issuperset(node.users)}
+        last_use = {arg: node for node in todo for arg in node.all_input_nodes}
         for environment in self._environments:
-            for value in [v for v in environment if v is not node and self._executed.issuperset(v.users)]:
-                del environment[value]
+            self._run(todo, environment, last_use, needed)
 
-    def _run(self, nodes: Sequence[Node], environment: dict[Node, Any]) -> None:
-        last_use = {arg: node for node in nodes for arg in node.all_input_nodes}
+    def _run(
+        self, todo: Sequence[Node], environment: dict[Node, Any], last_use: Mapping[Node, Node], needed: set[Node]
+    ) -> None:
         self._interpreter.env = environment
-        for node in nodes:
+        for node in todo:
             environment[node] = self._interpreter.run_node(node)
-            spent = (arg for arg in node.all_input_nodes if last_use[arg] is node)
-            for arg in [arg for arg in spent if self._executed.union(nodes).issuperset(arg.users)]:
+            for arg in [arg for arg in node.all_input_nodes if last_use[arg] is node and arg not in needed]:
                 del environment[arg]
+        for value in [value for value in environment if value not in needed]:
+            del environment[value]
 
 
 def as_call(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -118,22 +116,43 @@ def as_call(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch[0]), dict(batch[1])) if is_call else (tuple(batch), {})
 
 
-def _read(batches: Iterable[object], max_tokens: int) -> Iterator[object]:
-    """Batches until `max_tokens`; a batch counts the positions of its mask, or of its first tensor."""
+def read_batches(batches: Iterable[object], max_tokens: int) -> list[object]:
+    """Read batches until enough tokens were seen.
+
+    Args:
+        batches: `(args, kwargs)`, tuples of arguments, dicts of keyword arguments, or single tensors.
+        max_tokens: no further batch is read then. A batch counts the positions that its `attention_mask` shows, or
+            those of its first tensor.
+
+    Raises:
+        CalibrationError: there is no batch, or one is of another type.
+    """
+    found: list[object] = []
     seen = 0
     for batch in batches:
-        yield batch
-        args, kwargs = as_call(batch)
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        mask = _token_mask(kwargs)
-        seen += int(mask.sum()) if mask is not None else _positions(tensors[0]) if tensors else 0
+        found.append(batch)
+        seen += _positions(batch)
         if seen >= max_tokens:
-            return
+            break
+    if not found:
+        raise CalibrationError(
+            "the calibration data is empty: no batch came out of it. Pass an iterable of batches (a generator can be "
+            "read only once), or calibration=None for a conversion from the weights alone."
+        )
+    return found
 
 
-def _positions(tensor: Tensor) -> int:
-    """Token ids count each; of floating features the last dimension is the features."""
-    return tensor.numel() // (tensor.shape[-1] if tensor.is_floating_point() and tensor.dim() > 1 else 1)
+def _positions(batch: object) -> int:
+    args, kwargs = as_call(batch)
+    mask = _token_mask(kwargs)
+    if mask is not None:
+        return int(mask.sum())
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors:
+        return 0
+    # Token ids count each; the last dimension of floating tensors holds features.
+    has_features = tensors[0].is_floating_point() and tensors[0].dim() > 1
+    return tensors[0].numel() // (tensors[0].shape[-1] if has_features else 1)
 
 
 def _token_mask(kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import Argument
 
 
@@ -27,8 +29,12 @@ def fake_tensor(node: Node) -> Tensor | None:
 def last_size(node: Node) -> int | None:
     """The last size of the node's tensor, where it is a fixed number."""
     value = fake_tensor(node)
-    size = value.shape[-1] if value is not None and value.dim() > 0 else None
-    return size if type(size) is int else None
+    return fixed_size(value.shape[-1]) if value is not None and value.dim() > 0 else None
+
+
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """The number, also where export keeps it as a symbol that can only have one value; None if it may change."""
+    return int(size) if is_concrete_int(size) else None
 
 
 def op_name(node: Node) -> str:

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from sparsify.errors import PassError
 from sparsify.passes.base import Pass, PassResult
-from sparsify.passes.graph_values import as_node
+from sparsify.passes.graph_values import as_node, fixed_size
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.split.experts import Experts
 from sparsify.routers import Router
@@ -103,9 +103,8 @@ class InsertMoEPass(Pass):
         ]
         vectors = self._row_vectors(graph, parameters, expert_ids, order)
         hidden = self._activate(graph, [*projected, *vectors])
-        out = call(
-            expert_linear, (hidden, parameters["down_proj"], parameters.get("down_proj_bias"), offsets)
-        )
+        down_proj, down_bias = parameters["down_proj"], parameters.get("down_proj_bias")
+        out = call(moe.expert_linear.default, (hidden, down_proj, down_bias, offsets))
         y = call(moe.combine.default, (out, routing_weights, order))
         if self.experts.shared is not None:
             y = call(aten.add.Tensor, (y, self._shared(graph_module, flat)))
@@ -165,8 +164,9 @@ def _output_shape(graph: Graph, x: Node, down: Node) -> list[Node | int]:
     sizes = x.meta["val"].shape[:-1]
     shape: list[Node | int] = []
     for size in down.meta["val"].shape:
-        if isinstance(size, int):
-            shape.append(size)
+        fixed = fixed_size(size)
+        if fixed is not None:
+            shape.append(fixed)
             continue
         dim = next((i for i, other in enumerate(sizes) if str(other) == str(size)), None)
         shape.append(-1 if dim is None else graph.call_function(aten.sym_size.int, (x, dim)))

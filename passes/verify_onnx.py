@@ -17,7 +17,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from sparsify.errors import VerificationError
+from sparsify.errors import LoadError, VerificationError
 from sparsify.passes.lower_onnx.find_layers import Layer, find_layers
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph
 from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_target
@@ -84,6 +84,8 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
     Raises:
         VerificationError: expert ids or outputs differ, or the file belongs to another model.
         ExportError: onnxruntime cannot load or run the file.
+        LoadError: the file is damaged, or no ONNX file.
+        OSError: the file cannot be read.
         ImportError: onnxruntime is not installed.
     """
     flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
@@ -93,7 +95,7 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
 def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     """`verify_onnx` for a model that is flat already, and which may have no experts at all."""
     require_runtime()
-    proto = onnx.load(str(path), load_external_data=False)
+    proto = _load(path)
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
@@ -116,6 +118,16 @@ def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
         expert_id_mismatches=sum(check.ties for check in checks),
         load_seconds=load_seconds,
     )
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    """The graph of the file; weights that lie outside stay there."""
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except OSError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{path} is no ONNX file, or is damaged: {error}; export the model again") from error
 
 
 def _check_routing(

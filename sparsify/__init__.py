@@ -1,4 +1,4 @@
-"""sparsify: turn the feed-forward layers of a trained dense PyTorch model into routed experts, and export them to ONNX."""
+"""Turn the feed-forward layers of a trained dense PyTorch model into routed experts, and export them to ONNX."""
 
 from __future__ import annotations
 

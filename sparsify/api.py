@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,20 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from sparsify.config import SparsifyConfig
-from sparsify.errors import NoFFNError
-from sparsify.passes.calibrate import CalibrationStream
+from sparsify.errors import CaptureError, NoFFNError
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode
-from sparsify.passes.insert_moe import InsertMoEPass
+from sparsify.passes.convert import convert
 from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
 from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.plan import ConversionPlan, make_plan
-from sparsify.passes.split.dense_ffn import read_ffn
-from sparsify.passes.split.split_ffn import SplitResult, hold_out, split_ffn
-from sparsify.passes.verify import check_receipt
+from sparsify.passes.split.split_ffn import SplitResult
 from sparsify.report import FFNReport, Report
 from sparsify.sparse_model import SparseModel, SparseModelInfo
 
 # Called as progress(stage, done, total).
 Progress = Callable[[str, int, int], None]
 
-_SYNTHETIC_TOKENS = 4096
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -96,12 +93,14 @@ def sparsify(
     args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
     clock = _Clock(progress)
     graph_module = clock.run("capture", lambda: capture(model, args, kwargs, dynamic_shapes))
+    _require_free_names(model, graph_module)
     graph_module = NormalizeLinearPass()(graph_module).graph_module
     matches, rejections = clock.run("match", lambda: match_ffn(graph_module))
     _require_ffn(model, graph_module, matches, rejections)
     plan = make_plan(matches, config)
+    example = (args, kwargs)
     results, tokens = clock.run(
-        "convert", lambda: _convert(graph_module, matches, plan, config, calibration, (args, kwargs), progress)
+        "convert", lambda: convert(graph_module, matches, plan, config, calibration, example, clock.layers)
     )
     sparse = SparseModel(graph_module, graph_module.graph)
     sparse.train(model.training)
@@ -126,48 +125,14 @@ def _config(config: SparsifyConfig | None, options: dict[str, Any]) -> SparsifyC
     return replace(config, **options)
 
 
-@torch.no_grad()
-def _convert(
-    graph_module: GraphModule,
-    matches: list[FFNMatch],
-    plan: ConversionPlan,
-    config: SparsifyConfig,
-    calibration: Iterable[object] | None,
-    example: tuple[tuple[Any, ...], dict[str, Any]],
-    progress: Progress | None,
-) -> tuple[dict[str, SplitResult], int]:
-    """Split and insert, layer after layer, each on the output of the layers already converted."""
-    position = {node.name: i for i, node in enumerate(graph_module.graph.nodes)}
-    todo = [match for match, layer in zip(matches, plan.layers, strict=True) if layer.converts]
-    todo.sort(key=lambda match: position[match.x])
-    results: dict[str, SplitResult] = {}
-    if not todo:
-        return results, 0
-    batches = [example] if calibration is None else calibration
-    stream = CalibrationStream(graph_module, batches, config.max_calibration_tokens)
-    tokens = 0
-    for done, match in enumerate(todo):
-        _tell(progress, "convert", done, len(todo))
-        x = stream.tokens_at(_node(graph_module, match.x), match.name)
-        fit, measured = hold_out(x) if calibration is not None else (_synthetic(x, config.seed), x)
-        dense = read_ffn(graph_module, match)
-        result = split_ffn(dense, fit, config, may_refit=calibration is not None, measured_on=measured)
-        check_receipt(match.name, result.receipt)
-        InsertMoEPass(match, result.experts, result.router, dense.weight_dtype, dense.requires_grad)(graph_module)
-        results[match.name], tokens = result, len(x) if calibration is not None else 0
-    _tell(progress, "convert", len(todo), len(todo))
-    return results, tokens
-
-
-def _node(graph_module: GraphModule, name: str) -> torch.fx.Node:
-    return next(node for node in graph_module.graph.nodes if node.name == name)
-
-
-def _synthetic(x: Tensor, seed: int) -> Tensor:
-    """Tokens `[4096, D]` with the mean and spread, feature by feature, of the few that the example inputs give."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(_SYNTHETIC_TOKENS, x.shape[1], generator=generator, dtype=x.dtype)
-    return x.mean(0) + noise * x.std(0, correction=0)
+def _require_free_names(model: nn.Module, graph_module: GraphModule) -> None:
+    taken = [name for name, value in vars(SparseModel).items() if isinstance(value, property)]
+    clash = [name for name in taken if hasattr(graph_module, name)]
+    if clash:
+        raise CaptureError(
+            f"{type(model).__name__} has members called {clash} at its top, names that SparseModel uses for itself. "
+            "Wrap the model in a module that holds it under another name, and convert that."
+        )
 
 
 def _require_ffn(
@@ -278,23 +243,26 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _tell(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(stage, done, total)
-
-
 class _Clock:
-    """Times the stages and reports the short ones; `convert` reports itself, layer by layer."""
+    """Times the stages and reports their progress."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.seconds: dict[str, float] = {}
         self._progress = progress
 
-    def run(self, stage: str, work: Callable[[], Any]) -> Any:
+    def run(self, stage: str, work: Callable[[], _Result]) -> _Result:
         """Run one stage."""
         start = time.perf_counter()
-        _tell(self._progress if stage != "convert" else None, stage, 0, 1)
+        self._tell(stage, 0, 1)
         result = work()
-        _tell(self._progress if stage != "convert" else None, stage, 1, 1)
+        self._tell(stage, 1, 1)
         self.seconds[stage] = time.perf_counter() - start
         return result
+
+    def layers(self, done: int, total: int) -> None:
+        """Report layers within the stage "convert"."""
+        self._tell("convert", done, total)
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(stage, done, total)

@@ -302,32 +302,40 @@ def _open(file: Path, provider: str) -> Any:
 
 
 def _checked_sizes(flat: FlatGraph, sizes: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    free = free_sizes(flat)
-    names = [name for name, _ in _free_axes(flat)]
+    axes = _axes(flat)
     for size in sizes:
-        if len(size) != len(free) or any(number < 1 for number in size):
-            given = "x".join(map(str, size))
-            wanted = " x ".join(names) or "nothing, as all inputs have fixed sizes"
-            raise ValueError(
-                f"the size {given} does not fit the inputs of the model, whose dynamic sizes are: {wanted}"
-            )
-    return sizes or _DEFAULT_SIZES.get(len(free), (tuple(free.values()),))
+        if len(size) != len(axes) or any(number < 1 for number in size):
+            given, wanted = "x".join(map(str, size)), " x ".join(axes) or "none, as all inputs are of fixed sizes"
+            raise ValueError(f"the size {given} does not fit the inputs of the model; sizes to choose: {wanted}")
+    free = free_sizes(flat)
+    example = tuple(free[symbols[0]] for symbols in axes.values())
+    return sizes or _DEFAULT_SIZES.get(len(axes), (example,))
 
 
-def _free_axes(flat: FlatGraph) -> list[tuple[str, str]]:
-    """The sizes that can be chosen: the readable name and the symbol of each."""
-    readable = {
-        symbol: axis_names(flat)[name][dim] for name, dims in flat.size_names.items() for dim, symbol in dims.items()
-    }
-    return [(readable[symbol], symbol) for symbol in free_sizes(flat)]
+def _axes(flat: FlatGraph) -> dict[str, list[str]]:
+    """The sizes to choose, by readable name: the symbols that each stands for.
+
+    A model that broadcasts one input over another, as a mask over tokens, leaves the batch of each free. They are one
+    size here.
+    """
+    names, free = axis_names(flat), free_sizes(flat)
+    places = [(symbol, name, dim) for name, dims in flat.size_names.items() for dim, symbol in dims.items()]
+    first_batch = next((free[symbol] for symbol, _, dim in places if dim == 0 and symbol in free), None)
+    axes: dict[str, list[str]] = {}
+    for symbol in free:
+        name, dim = next((name, dim) for other, name, dim in places if other == symbol)
+        is_batch = dim == 0 and free[symbol] == first_batch
+        axes.setdefault("batch" if is_batch else names[name][dim], []).append(symbol)
+    return axes
 
 
 def _named_sizes(flat: FlatGraph, size: Sequence[int]) -> dict[str, int]:
-    return {name: number for (name, _), number in zip(_free_axes(flat), size, strict=True)}
+    return dict(zip(_axes(flat), size, strict=True))
 
 
 def _resized(flat: FlatGraph, size: Sequence[int]) -> dict[str, Tensor]:
-    return resize_inputs(flat, dict(zip(free_sizes(flat), size, strict=True)))
+    sizes = {symbol: n for symbols, n in zip(_axes(flat).values(), size, strict=True) for symbol in symbols}
+    return resize_inputs(flat, {symbol: sizes[symbol] for symbol in free_sizes(flat)})
 
 
 def _arguments(

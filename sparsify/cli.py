@@ -20,7 +20,7 @@ from sparsify.api import inspect as inspect_model
 from sparsify.bench import BenchReport
 from sparsify.cli_steps import convert_model, export_model, load_model, model_bytes, time_models, write_reports
 from sparsify.config import Select, SparsifyConfig
-from sparsify.console import BROKEN_PROMISE, bad_input, exit_codes, make_console, show_stages
+from sparsify.console import BROKEN_PROMISE, bad_input, exit_codes, make_console, nothing_written, show_stages
 from sparsify.output_folder import output_folder, require_space
 from sparsify.promises import Promise, check_onnx, check_split
 from sparsify.report import Report
@@ -137,7 +137,7 @@ def convert(
             )
             _refuse_contradiction(no_calibration, calibration)
         files.refuse_foreign_files(out)
-        with show_stages() as stages, output_folder(out) as staging:
+        with nothing_written(), show_stages() as stages, output_folder(out) as staging:
             dense = load_model(model, calibration, stages)
             require_space(staging, model_bytes(dense.model) * (3 if onnx else 1))
             sparse, report = convert_model(dense, config, calibrates=not no_calibration, stages=stages)

@@ -41,7 +41,7 @@ def exit_codes() -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _complain("Interrupted. Nothing was written, no partial files were left behind.")
+        _complain("Interrupted.")
         raise typer.Exit(INTERRUPTED) from None
     except VerificationError as error:
         _complain(f"Error: {error}")
@@ -49,6 +49,16 @@ def exit_codes() -> Generator[None]:
     except (SparsifyError, ImportError) as error:
         _complain(f"Error: {error}")
         raise typer.Exit(BAD_INPUT) from error
+
+
+@contextlib.contextmanager
+def nothing_written() -> Generator[None]:
+    """Says so when the body, which cleans up after itself, is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("Interrupted. Nothing was written, no partial files were left behind.")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from sparsify.routers import Router
 
@@ -119,5 +119,5 @@ def input_sizes(node: fx.Node) -> tuple[int | str, ...] | None:
     """
     value = node.meta.get("val")
     if isinstance(value, Tensor):
-        return tuple(str(size) if isinstance(size, torch.SymInt) else size for size in value.shape)
+        return tuple(int(size) if is_concrete_int(size) else str(size) for size in value.shape)
     return node.meta.get(SIZES_KEY)

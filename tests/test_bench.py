@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify import bench as module
 from sparsify import SparsifyConfig, sparsify
+from sparsify import bench as module
 from sparsify.bench import BenchReport, Machine, Timing, bench
 from sparsify.passes.export_onnx import export_onnx
 
@@ -122,6 +122,26 @@ def test_inputs_of_any_structure_are_tiled(models):
     assert set(shapes) == {((3, 7, 16), (3, 7, 1))}
 
 
+def test_a_mask_has_the_batch_of_its_tokens():
+    """Where a mask is broadcast its batch is a size of its own in the graph, but not to a user."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+
+        def forward(self, x, mask):
+            return self.ffn(x), mask.float() * 2
+
+    dense = Masked().eval()
+    inputs = (torch.randn(2, 4, 16), torch.ones(2, 6))
+    sparse = sparsify(dense, inputs, calibration=[inputs] * 2, num_experts=4, top_k=2, select="all")
+    assert len({dims[0] for dims in sparse.dynamic_dims().values()}) == 2
+    report = bench(dense, sparse, sizes=[(3, 5, 7)], rounds=1)
+    [timing] = report.timings
+    assert dict(timing.sizes) == {"batch": 3, "sequence": 5, "sequence_out": 7}
+
+
 def test_nothing_is_left_changed(models):
     """Threads are a setting of the whole process, gradients of the caller."""
     before = torch.get_num_threads(), torch.is_grad_enabled()
@@ -140,7 +160,7 @@ def test_without_onnx_files_only_pytorch_is_timed(models):
 def test_a_size_that_does_not_fit_the_inputs_is_refused(models, size):
     """The message names the sizes that can be chosen."""
     given = "x".join(map(str, size))
-    with pytest.raises(ValueError, match=rf"the size {given} does not fit .* batch x sequence"):
+    with pytest.raises(ValueError, match=rf"the size {given} does not fit .* batch x sequence$"):
         bench(*models, sizes=[size])
 
 

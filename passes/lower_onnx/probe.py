@@ -15,6 +15,7 @@ from torch.fx import Node
 from sparsify.passes.lower_onnx.find_layers import DISPATCH, Layer, router_of
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, free_sizes, resize_inputs, with_outputs
 
+
 @dataclass(frozen=True)
 class Reference:
     """The PyTorch model at one shape.

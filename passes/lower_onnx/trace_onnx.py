@@ -10,10 +10,11 @@ from collections.abc import Generator
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
+from onnxscript import optimizer
 
 from sparsify.errors import ExportError
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names
-
 
 _LONGEST_CAUSE = 400
 
@@ -39,6 +40,7 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
                 input_names=list(flat.inputs),
                 output_names=list(flat.output_names),
                 dynamic_shapes=shapes,
+                optimize=False,
                 verbose=False,
             )
         except Exception as error:
@@ -50,7 +52,22 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
     written = program.model.opset_imports.get("")
     if written != opset:
         raise ExportError(f"torch.onnx.export wrote opset {written} instead of {opset}; ask for opset 18 or later")
-    return program.model
+    return _simplified(program.model)
+
+
+def _simplified(model: ir.Model) -> ir.Model:
+    """Constants folded, twins merged. The exporter's own optimizer also tries hundreds of rewrite rules on every node.
+
+    Without them SmolLM2 (30 layers) exports in 26 s instead of 66 and runs as fast, as onnxruntime has rules of its own.
+    """
+    common.InlinePass()(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    return model
 
 
 def _cause(error: BaseException) -> str:

@@ -1,6 +1,10 @@
 """Which neurons each expert takes: the shared experts take the most important ones, clustering divides the rest.
 
-F intermediate_size, E num_experts, S of them shared, m = ceil(F / E) neurons of an expert.
+Neurons are clustered by what they do on a sample of tokens: those that rise and fall together belong together, so that
+a router can tell from the token which groups matter (ExpertWeaver, arXiv 2602.15521, clusters mean profiles; measured
+here on MiniLM, single tokens and signed values beat the rows of up_proj by 0.005 Spearman).
+
+T tokens, F intermediate_size, E num_experts, S of them shared, m = ceil(F / E) neurons of an expert.
 """
 
 from __future__ import annotations
@@ -12,12 +16,20 @@ from torch import Tensor
 from sparsify.passes.split.cluster import balanced_kmeans
 from sparsify.passes.split.dense_ffn import DenseFFN
 
+_SAMPLE = 1536
 
-def choose_neurons(dense: DenseFFN, importance: Tensor, num_experts: int, num_shared: int, seed: int) -> Tensor:
+
+def activation_profiles(dense: DenseFFN, x: Tensor) -> Tensor:
+    """`[F, T']`: the deviation of every neuron from its mean on at most 1536 evenly spaced tokens of `x`, normalised."""
+    hidden = dense.hidden(x[:: -(-len(x) // _SAMPLE)])  # [T', F]
+    return functional.normalize((hidden - hidden.mean(0)).t(), dim=1)
+
+
+def choose_neurons(profiles: Tensor, importance: Tensor, num_experts: int, num_shared: int, seed: int) -> Tensor:
     """Divide the neurons.
 
     Args:
-        dense: the FFN.
+        profiles: `[F, T']`; neurons with similar rows go together.
         importance: `[F]`.
         num_experts: E, at most F.
         num_shared: S, below E.
@@ -30,13 +42,8 @@ def choose_neurons(dense: DenseFFN, importance: Tensor, num_experts: int, num_sh
     by_importance = importance.argsort(descending=True, stable=True)
     shared = by_importance[: num_shared * size].reshape(num_shared, size)
     rest = by_importance[num_shared * size :].sort().values
-    clusters = balanced_kmeans(_features(dense)[rest], num_experts - num_shared, seed)
+    clusters = balanced_kmeans(profiles[rest], num_experts - num_shared, seed)
     routed = torch.where(clusters < 0, -1, rest[clusters.clamp(min=0)])
     padding = torch.full((len(routed), size - routed.shape[1]), -1, dtype=torch.int64)
     return torch.cat([shared, torch.cat([routed, padding], dim=1)])
 
-
-def _features(dense: DenseFFN) -> Tensor:
-    """`[F, D]`: the direction that switches a neuron on, i.e. its row of gate_proj, of up_proj in a plain FFN."""
-    gate = next((p for p in dense.projections if p.role == "gate_proj"), dense.projections[0])
-    return functional.normalize(gate.weight, dim=1)

@@ -1,7 +1,7 @@
 """Refit down_proj in closed form to the routing that will be used: ridge regression with a pull to the old weights.
 
 For every token t, with M[t, e] = 1 where expert e runs (1 for shared experts), H = M * (h - mu) `[T, F]`, and Y the
-output of the dense FFN for the same x:
+output that is wanted:
 
     minimise  sum |Y - b - H W^T - M beta|^2 + lam |W - W_old|^2 + lam |beta|^2,    lam = ridge * mean(diag(H^T H))
 
@@ -15,30 +15,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsify.passes.split.dense_ffn import DenseFFN, Linear
+from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.statistics import chunks
 
 
-def refit(dense: DenseFFN, experts: Experts, mean: Tensor, x: Tensor, expert_ids: Tensor, ridge: float) -> Experts:
+def refit(experts: Experts, mean: Tensor, x: Tensor, target: Tensor, expert_ids: Tensor, ridge: float) -> Experts:
     """Solve for the down projections and biases.
 
     Args:
-        dense: the FFN to imitate.
-        experts: its split; `expert_bias` is replaced.
+        experts: the split; `expert_bias` is replaced.
         mean: `[E * m]`, mean of the neurons in the order of the experts, shared ones first.
         x: `[T, D]`.
+        target: `[T, D_out]`, the output that is wanted for each token.
         expert_ids: `[T, K]` of the routed experts, by the router that will be deployed.
         ridge: relative strength of the pull.
 
     Returns:
         The experts with new `down`, `expert_bias`, `bias` and shared down_proj.
     """
-    features = _Moments(len(mean) + experts.num_routed, dense.down.weight.shape[0])
-    for part, ids in zip(chunks(x), chunks(expert_ids), strict=True):
-        features.add(_features(experts, mean, part, ids), dense(part))
-    old = torch.cat([_stacked_down(experts), torch.zeros(experts.num_routed, features.outputs)]).double()
-    solution, intercept = features.solve(old, ridge, num_neurons=len(mean))
+    moments = _Moments(len(mean) + experts.num_routed, target.shape[1])
+    for part, ids, wanted in zip(chunks(x), chunks(expert_ids), chunks(target), strict=True):
+        moments.add(_features(experts, mean, part, ids), wanted)
+    old = torch.cat([_stacked_down(experts), torch.zeros(experts.num_routed, target.shape[1])]).double()
+    solution, intercept = moments.solve(old, ridge, num_neurons=len(mean))
     return _with_solution(experts, mean.double(), solution, intercept)
 
 
@@ -70,7 +70,6 @@ class _Moments:
     """Sums over tokens from which the regression is solved; tokens come in chunks and are not kept."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        self.outputs = outputs
         self.count = 0
         self.gram = torch.zeros(inputs, inputs, dtype=torch.float64)
         self.cross = torch.zeros(inputs, outputs, dtype=torch.float64)

@@ -1,18 +1,18 @@
 """One dense FFN and a sample of its inputs -> routed experts: the methods of this folder in their order.
 
-statistics -> which neurons -> divide (receipt) -> fold the means -> train the router -> refit
+statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit
 T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, m neurons of an expert.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsify.config import SparsifyConfig
-from sparsify.passes.split.choose_neurons import choose_neurons
+from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.fold_mean import fold_mean
@@ -23,6 +23,14 @@ from sparsify.passes.verify import receipt
 from sparsify.routers import MLPRouter
 
 _HELD_OUT = 10  # every tenth token is kept out of every fit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens `x` `[T, D]` and the output `target` `[T, D_out]` that is wanted for them."""
+
+    x: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,53 +45,58 @@ class SplitResult:
     tokens_per_expert: tuple[int, ...]
 
 
-def split_ffn(dense: DenseFFN, x: Tensor, config: SparsifyConfig, *, may_refit: bool, measured_on: Tensor) -> SplitResult:
+def split_ffn(
+    dense: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
+) -> SplitResult:
     """Divide, route and refit.
 
     Args:
         dense: the FFN.
-        x: `[T, D]` tokens to fit to, T > 0, dtype of `dense`.
+        fit: tokens to fit to, T > 0, dtype of `dense`.
+        measured: tokens for the reported errors.
         config: `num_experts` must not exceed F.
-        may_refit: `x` are real tokens, so the refit can be trusted.
-        measured_on: `[T', D]` real tokens for the reported errors, not among those in `x`.
+        may_refit: `fit` are real tokens, so the refit can be trusted.
 
     Returns:
         The split. Same inputs, same result.
     """
     routed_k = config.top_k - config.shared
-    statistics = measure_neurons(dense, x)
-    neurons = choose_neurons(dense, importance(dense, statistics), config.num_experts, config.shared, config.seed)
-    exact = divide(dense, neurons, config.shared)
+    statistics = measure_neurons(dense, fit.x)
+    profiles = activation_profiles(dense, fit.x)
+    neurons = choose_neurons(profiles, importance(dense, statistics), config.num_experts, config.shared, config.seed)
     mean = statistics.mean[neurons.clamp(min=0)]  # [E, m]
-    experts = fold_mean(exact, mean[config.shared :])
-    router = train_router(x, expert_norms(experts, x), routed_k, config.router_hidden_size, config.seed)
-    expert_ids = torch.cat([router(part)[1] for part in chunks(x)])
-    unfitted_error = relative_error(dense, experts, router, measured_on)
-    nothing_skipped = routed_k == experts.num_routed
-    refitted = experts
-    if config.refit and may_refit and not nothing_skipped:
-        refitted = refit(dense, experts, mean.flatten(), x, expert_ids, config.ridge)
-    return SplitResult(
-        experts=refitted,
+    experts = fold_mean(divide(dense, neurons, config.shared), mean[config.shared :])
+    router = train_router(fit.x, expert_norms(experts, fit.x), routed_k, config.router_hidden_size, config.seed)
+    expert_ids = torch.cat([router(part)[1] for part in chunks(fit.x)])
+    error = relative_error(experts, router, measured)
+    result = SplitResult(
+        experts=experts,
         router=router,
-        receipt=receipt(dense, experts, measured_on),
-        error=unfitted_error if refitted is experts else relative_error(dense, refitted, router, measured_on),
-        error_before_refit=None if refitted is experts else unfitted_error,
+        receipt=receipt(dense, experts, measured.x),
+        error=error,
+        error_before_refit=None,
         tokens_per_expert=tuple(torch.bincount(expert_ids.flatten(), minlength=experts.num_routed).tolist()),
+    )
+    if not (config.refit and may_refit) or routed_k == experts.num_routed:
+        return result
+    refitted = refit(experts, mean.flatten(), fit.x, fit.target, expert_ids, config.ridge)
+    return replace(
+        result, experts=refitted, error=relative_error(refitted, router, measured), error_before_refit=error
     )
 
 
-def hold_out(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide `[T, D]` into tokens to fit to and tokens to measure on; a single token serves both."""
-    held = torch.arange(len(x)) % _HELD_OUT == _HELD_OUT - 1
-    return (x[~held], x[held]) if held.any() else (x, x)
+def hold_out(sample: Sample) -> tuple[Sample, Sample]:
+    """Divide into tokens to fit to and tokens to measure on; fewer than ten tokens serve both."""
+    held = torch.arange(len(sample.x)) % _HELD_OUT == _HELD_OUT - 1
+    if not held.any():
+        return sample, sample
+    return Sample(sample.x[~held], sample.target[~held]), Sample(sample.x[held], sample.target[held])
 
 
-def relative_error(dense: DenseFFN, experts: Experts, router: MLPRouter, x: Tensor) -> float:
-    """`|routed - dense| / |dense|` over tokens `[T, D]`, L2."""
+def relative_error(experts: Experts, router: MLPRouter, sample: Sample) -> float:
+    """`|routed output - target| / |target|`, L2 over all tokens."""
     difference, size = 0.0, 0.0
-    for part in chunks(x):
-        expected = dense(part).double()
-        difference += float((experts(part, router(part)[1]).double() - expected).square().sum())
-        size += float(expected.square().sum())
+    for x, target in zip(chunks(sample.x), chunks(sample.target), strict=True):
+        difference += float((experts(x, router(x)[1]) - target).double().square().sum())
+        size += float(target.double().square().sum())
     return (difference / size) ** 0.5 if size else difference**0.5

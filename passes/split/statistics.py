@@ -34,7 +34,7 @@ def measure_neurons(dense: DenseFFN, x: Tensor) -> NeuronStatistics:
 
 
 def importance(dense: DenseFFN, statistics: NeuronStatistics) -> Tensor:
-    """`[F]`: the variance that a neuron adds to the output, var(h_j) |W_down[:, j]|^2 (WIFV of FLAP, arXiv 2312.11983)."""
+    """`[F]`: the variance that a neuron adds to the output, var(h) |W_down column|^2 (WIFV, FLAP, arXiv 2312.11983)."""
     return statistics.variance * dense.down.weight.double().square().sum(0)
 
 

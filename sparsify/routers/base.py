@@ -39,4 +39,5 @@ class Router(nn.Module, abc.ABC):
         return torch.ones_like(expert_ids, dtype=x.dtype), expert_ids
 
     def extra_repr(self) -> str:
+        """What `print` shows."""
         return f"num_experts={self.num_experts}, top_k={self.top_k}"

@@ -13,7 +13,7 @@ from sparsify.passes.base import Pass, PassManager, PassResult
 
 
 def traced() -> GraphModule:
-    """x -> relu(x) + 1."""
+    """X -> relu(x) + 1."""
     return symbolic_trace(lambda x: torch.relu(x) + 1)
 
 

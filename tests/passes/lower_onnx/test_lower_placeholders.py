@@ -22,7 +22,7 @@ def _moe(ids: np.ndarray) -> dict[str, np.ndarray | None]:
 
 
 def test_imports_what_it_uses_and_nothing_else(placeholder_model) -> None:
-    """onnxruntime refuses com.microsoft above version 1, and knows no domain of ours."""
+    """Onnxruntime refuses com.microsoft above version 1, and knows no domain of ours."""
     attributes = {"num_experts": 4, "top_k": 2, "activation": "relu", "unit_weights": 1}
     model = placeholder_model("MoE", _moe(np.zeros((3, 2), np.int64)), attributes, (np.float32,))
     (ids,) = lower_placeholders(model)

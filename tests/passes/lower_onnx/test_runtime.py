@@ -21,7 +21,7 @@ def _model(op: str) -> bytes:
 
 
 def test_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime is an extra, so people meet this message first."""
+    """Onnxruntime is an extra, so people meet this message first."""
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert runtime_version() is None
     with pytest.raises(ImportError, match="pip install onnxruntime"):

@@ -1,0 +1,109 @@
+"""Split and insert, layer after layer, each on the output of the layers already converted.
+
+Two streams of calibration tokens run side by side, one through the dense model and one through what has been converted
+so far. A layer is fitted to bring the hidden state of the second back to the first: with x, r the input and residual of
+the FFN in the converted stream and x*, r* in the dense one, the output that is wanted is
+
+    FFN(x*) + r* - r                                    so that    r + output = r* + FFN(x*)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from sparsify.config import SparsifyConfig
+from sparsify.passes.calibrate import CalibrationStream, read_batches
+from sparsify.passes.insert_moe import InsertMoEPass
+from sparsify.passes.match_ffn import FFNMatch
+from sparsify.passes.plan import ConversionPlan
+from sparsify.passes.residual import residual_terms
+from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
+from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out, split_ffn
+from sparsify.passes.split.statistics import chunks
+from sparsify.passes.verify import check_receipt
+
+_SYNTHETIC_TOKENS = 4096
+
+
+@torch.no_grad()
+def convert(
+    graph_module: GraphModule,
+    matches: Sequence[FFNMatch],
+    plan: ConversionPlan,
+    config: SparsifyConfig,
+    calibration: Iterable[object] | None,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, SplitResult], int]:
+    """Convert the planned FFNs in place.
+
+    Args:
+        graph_module: where `matches` were found.
+        matches: all of them.
+        plan: one entry per match.
+        config: how to divide.
+        calibration: batches, or None for a conversion from the weights and the example inputs alone.
+        example: `(args, kwargs)`.
+        progress: called with the number of layers done and in all.
+
+    Returns:
+        The result of every converted FFN by name, and the number of calibration tokens.
+    """
+    todo = _in_order(graph_module, [m for m, layer in zip(matches, plan.layers, strict=True) if layer.converts])
+    results: dict[str, SplitResult] = {}
+    if not todo:
+        return results, 0
+    batches = [example] if calibration is None else read_batches(calibration, config.max_calibration_tokens)
+    dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    reference, stream = CalibrationStream(dense_module, batches), CalibrationStream(graph_module, batches)
+    tokens = 0
+    for done, match in enumerate(todo):
+        progress(done, len(todo))
+        dense = read_ffn(graph_module, match)
+        sample = _sample(reference, stream, graph_module, match, dense)
+        fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
+        result = split_ffn(dense, fit, measured, config, may_refit=calibration is not None)
+        check_receipt(match.name, result.receipt)
+        InsertMoEPass(match, result.experts, result.router, dense.weight_dtype, dense.requires_grad)(graph_module)
+        results[match.name] = result
+        tokens = 0 if calibration is None else len(sample.x)
+    progress(len(todo), len(todo))
+    return results, tokens
+
+
+def _in_order(graph_module: GraphModule, matches: list[FFNMatch]) -> list[FFNMatch]:
+    position = {node.name: i for i, node in enumerate(graph_module.graph.nodes)}
+    return sorted(matches, key=lambda match: position[match.x])
+
+
+def _sample(
+    reference: CalibrationStream,
+    stream: CalibrationStream,
+    graph_module: GraphModule,
+    match: FFNMatch,
+    dense: DenseFFN,
+) -> Sample:
+    """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one."""
+    down = next(node for node in graph_module.graph.nodes if node.name == match.down)
+    nodes = [match.x, *(term.name for term in residual_terms(down))]
+    x, *residuals = stream.tokens_at(nodes, match.name)
+    dense_x, *dense_residuals = reference.tokens_at(nodes, match.name)
+    target = torch.cat([dense(part) for part in chunks(dense_x)])
+    for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
+        target += dense_residual - residual
+    return Sample(x, target)
+
+
+def _synthetic(sample: Sample, seed: int) -> Sample:
+    """4096 tokens with the mean and spread, feature by feature, of the few that the example inputs give."""
+    generator = torch.Generator().manual_seed(seed)
+    x = sample.x
+    noise: Tensor = torch.randn(_SYNTHETIC_TOKENS, x.shape[1], generator=generator, dtype=x.dtype)
+    mean, std = x.mean(0), x.std(0, correction=0)
+    return Sample(mean + noise * std, sample.target.new_empty(0))

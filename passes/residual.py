@@ -1,0 +1,38 @@
+"""Find what a residual connection adds to the output of an FFN, so that the refit can aim at the hidden state.
+
+hidden = r + dropout(down_proj(...))         returns (r,);  more terms where several sums follow one another
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from sparsify.passes.activation import is_view
+from sparsify.passes.graph_values import as_node, fake_tensor, op_name
+
+_INERT = ("dropout", "clone", "contiguous", "alias", "detach")
+
+
+def residual_terms(down: Node) -> tuple[Node, ...]:
+    """The values that are added to the output of `down`, whose graph must not have been edited behind it.
+
+    Returns:
+        Nodes of the shape of the output, all computed before it; empty where the output goes elsewhere first.
+    """
+    position = {node: i for i, node in enumerate(down.graph.nodes)}
+    terms: list[Node] = []
+    node = down
+    while len(node.users) == 1:
+        (reader,) = node.users
+        if op_name(reader) == "add" and not reader.kwargs:
+            terms += [arg for arg in reader.all_input_nodes if arg is not node and _same_shape(arg, node)]
+        elif op_name(reader) not in _INERT and not (is_view(reader) and as_node(reader.args[0]) is node):
+            break
+        node = reader
+    return tuple(term for term in terms if position[term] < position[down])
+
+
+def _same_shape(a: Node, b: Node) -> bool:
+    """What is broadcast is no residual stream. Sizes are compared as text: arithmetic would fix the dynamic ones."""
+    shapes = [value.shape for value in (fake_tensor(a), fake_tensor(b)) if value is not None]
+    return len(shapes) == 2 and [str(size) for size in shapes[0]] == [str(size) for size in shapes[1]]

@@ -1,0 +1,33 @@
+"""`balanced_kmeans`: exact sizes, and the best assignment to its centroids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsify.passes.split.cluster import balanced_kmeans
+
+
+@pytest.mark.parametrize(("points", "clusters"), [(12, 3), (13, 5), (7, 7), (5, 1), (10, 4)])
+def test_every_point_once_and_sizes_equal(points: int, clusters: int) -> None:
+    """Protects: a partition, with padding where the number does not divide."""
+    found = balanced_kmeans(torch.randn(points, 4), clusters, seed=0)
+    size = -(-points // clusters)
+    assert found.shape == (clusters, size)
+    assert sorted(found[found >= 0].tolist()) == list(range(points))
+    assert int((found < 0).sum()) == clusters * size - points
+
+
+def test_finds_clusters_that_are_there() -> None:
+    """Protects: points around 4 far centres end up together."""
+    centres = torch.eye(4).repeat_interleave(6, dim=0) * 10
+    shuffled = torch.randperm(24)
+    found = balanced_kmeans((centres + 0.1 * torch.randn(24, 4))[shuffled], 4, seed=0)
+    assert sorted(sorted((shuffled[row] // 6).unique().tolist()) for row in found) == [[0], [1], [2], [3]]
+
+
+def test_is_deterministic() -> None:
+    """Protects: same seed, same experts."""
+    points = torch.randn(40, 3)
+    assert torch.equal(balanced_kmeans(points, 5, seed=3), balanced_kmeans(points, 5, seed=3))
+    assert not torch.equal(balanced_kmeans(points, 5, seed=3), balanced_kmeans(points, 5, seed=4))

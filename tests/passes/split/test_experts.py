@@ -1,0 +1,43 @@
+"""`divide`: any partition is exact with every expert on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsify.passes.split.dense_ffn import DenseFFN
+from sparsify.passes.split.experts import divide
+
+
+@pytest.mark.parametrize(("num_experts", "num_shared"), [(1, 0), (4, 0), (4, 1), (6, 2), (24, 5)])
+def test_exact_with_every_expert_on(dense: DenseFFN, num_experts: int, num_shared: int) -> None:
+    """Protects: the promise of the split, for random partitions with and without shared experts."""
+    experts = divide(dense, torch.randperm(24).view(num_experts, -1), num_shared)
+    x = torch.randn(13, 7)
+    everyone = torch.arange(experts.num_routed).expand(13, -1)
+    torch.testing.assert_close(experts(x, everyone), dense(x), rtol=1e-5, atol=1e-6)
+
+
+def test_padding_adds_nothing(dense: DenseFFN) -> None:
+    """Protects: experts with fewer neurons than places, the activation of padding included."""
+    neurons = torch.cat([torch.randperm(24), torch.full((6,), -1)]).view(5, 6)
+    x = torch.randn(13, 7)
+    torch.testing.assert_close(divide(dense, neurons, 1)(x, torch.arange(4).expand(13, -1)), dense(x))
+
+
+def test_a_selection_is_the_sum_of_its_experts(dense: DenseFFN) -> None:
+    """Protects: what is not selected adds nothing, and what is selected adds once."""
+    neurons, x = torch.arange(24).view(4, 6), torch.randn(5, 7)
+    experts = divide(dense, neurons, 0)
+    ids = torch.tensor([[0, 1], [3, 2], [2, 0], [1, 3], [-1, 2]])
+    hidden = dense.hidden(x)
+    mask = torch.zeros(5, 4).scatter_(1, ids.clamp(min=0), (ids >= 0).float()).repeat_interleave(6, dim=1)
+    torch.testing.assert_close(experts(x, ids), dense.down(hidden * mask))
+
+
+def test_counts_its_parameters(dense: DenseFFN) -> None:
+    """Protects: the parameter count of the report."""
+    experts = divide(dense, torch.arange(24).view(4, 6), 1)
+    linears = (*dense.projections, dense.down)
+    expected = sum(t.numel() for linear in linears for t in (linear.weight, linear.bias) if t is not None)
+    assert experts.num_parameters == expected + sum(vector.numel() for vector in dense.vectors)

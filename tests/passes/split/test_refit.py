@@ -1,0 +1,51 @@
+"""`refit`: the closed form is the minimum, and never worse on its own tokens than what it starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.passes.split.dense_ffn import DenseFFN
+from sparsify.passes.split.experts import Experts, divide
+from sparsify.passes.split.fold_mean import fold_mean
+from sparsify.passes.split.refit import refit
+
+
+def setup(dense: DenseFFN, num_shared: int) -> tuple[Experts, Tensor, Tensor, Tensor]:
+    """Folded experts, means in their order, 400 tokens, and two experts for each."""
+    neurons, x = torch.randperm(24).view(4, 6), torch.randn(400, 7)
+    mean = dense.hidden(x).mean(0)[neurons]
+    experts = fold_mean(divide(dense, neurons, num_shared), mean[num_shared:])
+    ids = torch.rand(400, experts.num_routed).argsort(1)[:, :2]
+    return experts, mean.flatten(), x, ids
+
+
+def test_is_the_minimum(dense: DenseFFN) -> None:
+    """Protects: the solution; at the minimum the gradient of the loss is zero."""
+    for num_shared in (0, 1):
+        experts, mean, x, ids = setup(dense, num_shared)
+        fitted = refit(experts, mean, x, dense(x), ids, ridge=1e-6)
+        down, bias = fitted.down.clone().requires_grad_(), fitted.expert_bias.clone().requires_grad_()
+        refitted = Experts(**{**vars(fitted), "down": down, "expert_bias": bias})
+        loss = (refitted(x, ids) - dense(x)).square().sum()
+        loss.backward()
+        start = (experts(x, ids) - dense(x)).square().sum()
+        assert float(down.grad.abs().max()) < 1e-3 * float(start)
+        assert float(bias.grad.abs().max()) < 1e-3 * float(start)
+
+
+def test_lowers_the_error(dense: DenseFFN) -> None:
+    """Protects: reference line "layer error on calibration tokens not above the unrefitted one"."""
+    for num_shared in (0, 1):
+        experts, mean, x, ids = setup(dense, num_shared)
+        before = (experts(x, ids) - dense(x)).norm()
+        after = (refit(experts, mean, x, dense(x), ids, ridge=1e-3)(x, ids) - dense(x)).norm()
+        assert after < 0.9 * before
+
+
+def test_a_strong_pull_keeps_the_old_weights(dense: DenseFFN) -> None:
+    """Protects: the prior, which holds neurons that never run at their old weights."""
+    experts, mean, x, ids = setup(dense, 1)
+    fitted = refit(experts, mean, x, dense(x), ids, ridge=1e9)
+    torch.testing.assert_close(fitted.down, experts.down, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(fitted.expert_bias, experts.expert_bias, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,53 @@
+"""`split_ffn`: the methods in their order, and figures that are what they say."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsify import SparsifyConfig
+from sparsify.passes.split.dense_ffn import DenseFFN
+from sparsify.passes.split.split_ffn import Sample, hold_out, split_ffn
+
+
+def sample(dense: DenseFFN, tokens: int) -> Sample:
+    x = torch.randn(tokens, 7)
+    return Sample(x, dense(x))
+
+
+def test_figures(dense: DenseFFN) -> None:
+    """Protects: receipt, errors and loads of the report."""
+    fit, measured = hold_out(sample(dense, 600))
+    config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16)
+    result = split_ffn(dense, fit, measured, config, may_refit=True)
+    assert result.receipt <= 1e-5
+    assert sum(result.tokens_per_expert) == 2 * len(fit.x)  # one of the three is shared
+    output = result.experts(measured.x, result.router(measured.x)[1])
+    torch.testing.assert_close(result.error, float((output - measured.target).norm() / measured.target.norm()))
+    assert result.error_before_refit is not None
+    assert result.error < result.error_before_refit
+
+
+def test_nothing_is_refitted_where_nothing_is_skipped(dense: DenseFFN) -> None:
+    """Protects: with top_k = num_experts the model stays the dense one."""
+    fit, measured = hold_out(sample(dense, 200))
+    result = split_ffn(dense, fit, measured, SparsifyConfig(num_experts=6, top_k=6), may_refit=True)
+    assert result.error_before_refit is None
+    assert result.error <= 1e-5
+
+
+def test_held_out_tokens_are_not_fitted() -> None:
+    """Protects: the reported error is honest; with few tokens both samples are the same."""
+    fit, measured = hold_out(Sample(torch.arange(25.0).unsqueeze(1), torch.arange(25.0).unsqueeze(1)))
+    assert measured.x.flatten().tolist() == [9, 19]
+    assert len(fit.x) == 23
+    few = Sample(torch.randn(3, 2), torch.randn(3, 2))
+    assert hold_out(few) == (few, few)
+
+
+def test_is_deterministic(dense: DenseFFN) -> None:
+    """Protects: promise 6."""
+    fit, measured = hold_out(sample(dense, 300))
+    config = SparsifyConfig(num_experts=4, top_k=2)
+    first, second = (split_ffn(dense, fit, measured, config, may_refit=True) for _ in range(2))
+    assert torch.equal(first.experts.down, second.experts.down)
+    assert first.tokens_per_expert == second.tokens_per_expert

@@ -1,0 +1,106 @@
+"""`CalibrationStream` and `read_batches`: every form of batch, nothing that is not finite, padding left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import CalibrationError
+from sparsify.passes.calibrate import CalibrationStream, as_call, read_batches
+from sparsify.passes.capture import capture
+
+
+class Model(nn.Module):
+    """Two linear layers; the mask does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.second(self.first(x)) + 0 * attention_mask.unsqueeze(-1)
+
+
+X, MASK = torch.randn(2, 5, 3), torch.ones(2, 5)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model().eval()
+
+
+def stream(model: Model, *batches: object) -> CalibrationStream:
+    return CalibrationStream(capture(model, (X,), {"attention_mask": MASK}), batches)
+
+
+def test_forms_of_a_batch() -> None:
+    """Protects: tensors, tuples, lists, dicts, (args, kwargs); a pair of tensors is two arguments."""
+    assert as_call(X) == ((X,), {})
+    assert as_call((X, MASK)) == ((X, MASK), {})
+    assert as_call([X, MASK]) == ((X, MASK), {})
+    assert as_call({"x": X}) == ((), {"x": X})
+    assert as_call(((X,), {"mask": MASK})) == ((X,), {"mask": MASK})
+    with pytest.raises(CalibrationError, match="got str"):
+        as_call("text")
+
+
+def test_tokens_in_order_and_without_padding(model: Model) -> None:
+    """Protects: what a layer sees is what the model computes there, masked positions left out."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    x = torch.randn(2, 3, 3)
+    run = stream(model, ((X,), {"attention_mask": MASK}), ((x,), {"attention_mask": mask}))
+    (first,) = run.tokens_at(["linear"], "ffn")
+    torch.testing.assert_close(first, model.first(torch.cat([X.flatten(0, 1), x[mask.bool()]])))
+    (second,) = run.tokens_at(["linear_1"], "ffn")
+    torch.testing.assert_close(second, model.second(first))
+
+
+def test_reads_no_more_than_needed() -> None:
+    """Protects: a stream without end can be given; masked positions do not count."""
+    read: list[int] = []
+
+    def endless() -> Iterator[dict[str, Any]]:
+        while True:
+            read.append(len(read))
+            yield {"input_ids": torch.zeros(2, 8, dtype=torch.int64), "attention_mask": torch.ones(2, 8).tril()}
+
+    assert len(read_batches(endless(), 7)) == len(read) == 3  # 3 visible positions a batch
+
+
+@pytest.mark.parametrize("empty", [[], iter(())])
+def test_empty(empty: Any) -> None:
+    """Protects: an exhausted generator is not taken for a conversion without data."""
+    with pytest.raises(CalibrationError, match="calibration data is empty"):
+        read_batches(empty, 10)
+
+
+def test_nan_in_an_input(model: Model) -> None:
+    """Protects: the message names the batch and the input."""
+    bad = X.clone()
+    bad[0, 0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="input `x` of calibration batch 1 holds NaN"):
+        stream(model, ((X,), {"attention_mask": MASK}), ((bad,), {"attention_mask": MASK}))
+
+
+def test_values_that_overflow_on_the_way(model: Model) -> None:
+    """Protects: infinities made by the model itself are caught before they spoil the statistics."""
+    model.first.weight.data *= 1e30
+    run = stream(model, ((X * 1e30,), {"attention_mask": MASK}))
+    with pytest.raises(CalibrationError, match="batch 0 leads to NaN or infinite values at the input of ffn"):
+        run.tokens_at(["linear_1"], "ffn")
+
+
+def test_everything_masked(model: Model) -> None:
+    """Protects: no division by zero tokens."""
+    with pytest.raises(CalibrationError, match="no calibration token reaches ffn"):
+        stream(model, ((X,), {"attention_mask": MASK * 0})).tokens_at(["linear"], "ffn")
+
+
+def test_another_structure(model: Model) -> None:
+    """Protects: the message shows what the batch has and what the model was captured with."""
+    with pytest.raises(CalibrationError, match=r"batch 0 has 0 positional inputs and the keywords \['x'\].*1 and"):
+        stream(model, {"x": X})
