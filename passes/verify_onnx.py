@@ -1,8 +1,8 @@
 """The receipt of an ONNX file: run it in onnxruntime, and compare it with the PyTorch model at several shapes.
 
-Expert ids are compared first, as integers, one layer after the other; then the outputs. Where two experts score alike to
-within rounding, the two runtimes may choose differently, and everything after that differs by right: such a near tie is
-counted, and the outputs at that shape are not compared.
+Expert ids are compared first, as integers, one layer after the other; then the outputs. Where two experts score alike
+to within rounding, the two runtimes may choose differently, and everything after that differs by right: such a near tie
+is counted, and the outputs at that shape are not compared.
 """
 
 from __future__ import annotations

@@ -52,8 +52,14 @@ class SparseModel(fx.GraphModule):
         self.meta[_META_KEY] = info
 
     @property
-    def report(self) -> Report | None:
-        """What was done to every FFN and why, its receipts and costs. None in a model loaded from a file."""
+    def report(self) -> Report:
+        """What was done to every FFN and why, its receipts and costs.
+
+        Raises:
+            LookupError: the model was loaded from a file, which does not hold its report.
+        """
+        if self.info.report is None:
+            raise LookupError("a loaded model has no report; `sparsify convert` writes it to report.json beside it")
         return self.info.report
 
     @property

@@ -1,1 +1,1 @@
-"""How a converted layer becomes ONNX: find it, choose a lowering, emit placeholders, export, lower them; one step a file."""
+"""How a converted layer becomes ONNX: find it, choose a lowering, emit placeholders, export, lower; one step a file."""

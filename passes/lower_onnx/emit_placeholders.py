@@ -1,4 +1,4 @@
-"""Graph with `sparsify` ops -> the same graph with ONNX placeholder nodes, which the lowerings replace after the export.
+"""Graph with `sparsify` ops -> the same with ONNX placeholder nodes, which the lowerings replace after the export.
 
     sparsify::Dispatch(x [T, D], expert_ids [T, K])
         -> rows [R, D], order [R] int64, offsets [E+1] int32, tokens_per_expert [P] int64

@@ -22,7 +22,12 @@ def lower_expert_linear(node: ir.Node, tape: Tape) -> tuple[ir.Value]:
     Returns:
         `[R, N]`; rows of unused slots are zero.
     """
-    rows, weight, bias, tokens_per_expert = (*(input_of(node, i) for i in (0, 1)), optional_input(node, 2), input_of(node, 3))
+    rows, weight, bias, tokens_per_expert = (
+        input_of(node, 0),
+        input_of(node, 1),
+        optional_input(node, 2),
+        input_of(node, 3),
+    )
     num_parts = node.attributes["num_parts"].as_int()
     graph = node.graph
     assert graph is not None

@@ -143,7 +143,7 @@ def _outputs(node: Node, index: int) -> list[Node]:
 
 
 def _between(projections: tuple[Node, ...], down: Node) -> list[Node]:
-    """What the input of `down` is computed with, back to the projections and the dispatch, in the order of the graph."""
+    """What the input of `down` is computed with, back to projections and dispatch, in the order of the graph."""
     stack: list[Any] = [down.args[0]]
     found: set[Node] = set()
     while stack:
@@ -188,7 +188,10 @@ def _top_k(router: Router | None, dispatch: Node) -> int:
     if router is not None:
         return router.top_k
     ids: Any = dispatch.args[1]
-    return int(ids.meta["val"].shape[1])
+    value = ids.meta.get("val")
+    if value is None:
+        raise ExportError(f"the number of experts a token is not known at {dispatch.name}; route by a sparsify Router")
+    return int(value.shape[1])
 
 
 def _layer_name(dispatch: Node, down: Node) -> str:

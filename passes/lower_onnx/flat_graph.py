@@ -67,13 +67,8 @@ def flatten_graph(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[st
     named = _named_outputs(model, output, inputs)
     graph.output(tuple(named.values()))
     graph.lint()
-    size_names = {name: _varying(sizes.get(name, {})) for name in inputs}
+    size_names = {name: dict(sizes.get(name, {})) for name in inputs}
     return FlatGraph(graph, model, inputs, tuple(named), size_names)
-
-
-def _varying(sizes: Mapping[int, str]) -> dict[int, str]:
-    """Without the sizes that tracing found to be one number, which are written `3` and not `s0`."""
-    return {dim: size for dim, size in sizes.items() if not size.isdecimal()}
 
 
 def _leaves(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -1,8 +1,8 @@
 """`sparsify::MoE` -> `com.microsoft::MoE`, with router_probs from which the op reproduces given ids and weights.
 
-The op takes the softmax of router_probs and keeps the K largest. With `log g` at the chosen experts and -inf elsewhere,
-normalised, it weighs them by `g / sum(g)`; the product with `sum(g)` then gives the wanted weights g. With g = 1 it is 0
-or -inf, and the product with K. The down bias goes in too, as the routing weights are meant to multiply it.
+The op takes the softmax of router_probs and keeps the K largest. With `log g` at the chosen experts, -inf elsewhere and
+normalisation it weighs them by `g / sum(g)`; the product with `sum(g)` then gives the wanted weights g. For g = 1 that
+is 0 or -inf, and the product with K. The down bias goes in too, as the routing weights are meant to multiply it.
 
 T tokens, K top_k, E num_experts, D hidden_size, M neurons of one expert.
 """
@@ -71,8 +71,8 @@ def _interleaved(node: ir.Node, tape: Tape) -> tuple[ir.Value, ir.Value | None]:
     """Rows g0, l0, g1, l1, ... `[E, 2*M, D]`: the only layout of SwiGLU that the CPU kernel takes."""
     graph = node.graph
     assert graph is not None
-    up_proj, up_bias, gate_proj, gate_bias = input_of(node, 5), optional_input(node, 6), input_of(node, 7), None
-    gate_bias = optional_input(node, 8)
+    up_proj, up_bias = input_of(node, 5), optional_input(node, 6)
+    gate_proj, gate_bias = input_of(node, 7), optional_input(node, 8)
     dtype = dtype_of(up_proj)
     rows = _alternate(stored(gate_proj), stored(up_proj))
     weight = packed(tape, graph, f"{up_proj.name}.interleaved", rows, dtype)

@@ -62,9 +62,9 @@ def open_session(model: Path | bytes, folder: Path, cuda: bool) -> tuple[Session
         session = onnxruntime.InferenceSession(source, options, providers=[*gpu, "CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(
-            f"onnxruntime {onnxruntime.__version__} cannot load the exported model: {_first_line(error)}. If it names a "
-            "missing kernel, the model's dtype has none for this device (bfloat16 on the CPU, for one): convert "
-            "the model to float32 first, or export with verify=False and run the file elsewhere"
+            f"onnxruntime {onnxruntime.__version__} cannot load the exported model: {_first_line(error)}. If it names "
+            "a type, this device has no kernel for the dtype of the model (bfloat16 on the CPU, for one): convert the "
+            "model to float32 first, or export with verify=False and run the file elsewhere"
         ) from error
     return session, time.perf_counter() - start
 
@@ -89,8 +89,8 @@ def run_session(session: Session, names: Sequence[str], inputs: Mapping[str, Ten
     except Exception as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         raise ExportError(
-            f"onnxruntime cannot run the exported model on inputs of shapes {shapes}: {_first_line(error)}. PyTorch can; "
-            'try lowering="sorted_split" or another opset'
+            f"onnxruntime cannot run the exported model on inputs of shapes {shapes}: {_first_line(error)}. PyTorch "
+            'can; try lowering="sorted_split" or another opset'
         ) from error
     return [torch.from_numpy(output) for output in outputs]
 

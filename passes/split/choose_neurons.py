@@ -20,7 +20,7 @@ _SAMPLE = 1536
 
 
 def activation_profiles(dense: DenseFFN, x: Tensor) -> Tensor:
-    """`[F, T']`: the deviation of every neuron from its mean on at most 1536 evenly spaced tokens of `x`, normalised."""
+    """`[F, T']`: how every neuron deviates from its mean on at most 1536 evenly spaced tokens of `x`, normalised."""
     hidden = dense.hidden(x[:: -(-len(x) // _SAMPLE)])  # [T', F]
     return functional.normalize((hidden - hidden.mean(0)).t(), dim=1)
 

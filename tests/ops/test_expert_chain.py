@@ -81,7 +81,7 @@ def test_gradients() -> None:
     weight = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     routing_weights = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *inputs: chain(*inputs, ids), (x, weight, bias, routing_weights))
+    assert torch.autograd.gradcheck(lambda x, w, b, r: chain(x, w, b, r, ids), (x, weight, bias, routing_weights))
     chain(x, weight, bias, routing_weights, ids).sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad[2], torch.zeros(5, 3, dtype=torch.float64))

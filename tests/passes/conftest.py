@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify import ops as _ops  # noqa: F401 - registers torch.ops.sparsify
+from sparsify.ops import combine, dispatch, expert_linear
 from sparsify.passes.capture import capture
 from sparsify.routers import MLPRouter, Router
 from sparsify.sparse_model import SparseModel, SparseModelInfo
@@ -30,7 +30,9 @@ def _(x: Tensor, top_k: int, name: str) -> tuple[Tensor, Tensor]:
 class _Experts(nn.Module):
     def __init__(self, num_experts: int, hidden: int, size: int, out: int, gated: bool, bias: bool) -> None:
         super().__init__()
-        shapes = {"up_proj": (size, hidden), "down_proj": (out, size)} | ({"gate_proj": (size, hidden)} if gated else {})
+        shapes = {"up_proj": (size, hidden), "down_proj": (out, size)}
+        if gated:
+            shapes["gate_proj"] = (size, hidden)
         for role, shape in shapes.items():
             self.register_parameter(role, nn.Parameter(torch.randn(num_experts, *shape) / shape[1] ** 0.5))
             if bias:
@@ -67,13 +69,13 @@ class MoELayer(nn.Module):
         self.bias = nn.Parameter(torch.randn(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        experts, moe = self.experts, torch.ops.sparsify
+        experts = self.experts
         flat = self.norm(x).reshape(-1, x.shape[-1])
         weights, ids = torch.ops.sparsify_test.route(flat, self.placed_router.top_k, self.name)
-        rows, order, offsets = moe.dispatch(flat, ids, self.num_experts)
+        rows, order, offsets = dispatch(flat, ids, self.num_experts)
 
         def linear(inputs: Tensor, role: str) -> Tensor:
-            return moe.expert_linear(inputs, getattr(experts, role), getattr(experts, f"{role}_bias", None), offsets)
+            return expert_linear(inputs, getattr(experts, role), getattr(experts, f"{role}_bias", None), offsets)
 
         hidden = linear(rows, "up_proj")
         if hasattr(experts, "gate_proj"):
@@ -82,7 +84,7 @@ class MoELayer(nn.Module):
             hidden = self.activation(hidden)
         if self.scale is not None:
             hidden = hidden * self.scale.index_select(0, ids.reshape(-1).index_select(0, order).clamp(0))
-        y = moe.combine(linear(hidden, "down_proj"), weights, order)
+        y = combine(linear(hidden, "down_proj"), weights, order)
         if self.has_shared:
             y = y + self.shared_down(self.activation(self.shared_up(flat)))
         return (y + self.bias).reshape(*x.shape[:-1], self.out)

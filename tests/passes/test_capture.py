@@ -41,7 +41,8 @@ def test_leaves_the_model_as_it_was() -> None:
     assert [module.training for module in model] == [True, False, True]
     assert graph_module.get_parameter("0.weight").data_ptr() == model[0].weight.data_ptr()
     x = torch.randn(3, 4)
-    torch.testing.assert_close(graph_module(x), model.eval()(x))
+    model.eval()
+    torch.testing.assert_close(graph_module(x), model(x))
 
 
 def test_inputs_that_do_not_fit() -> None:

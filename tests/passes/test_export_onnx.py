@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsify.errors import ExportError, OutputError, VerificationError
 from sparsify.passes import export_onnx as stage
 from sparsify.passes.export_onnx import export_onnx
+from sparsify.passes.lower_onnx.choose_lowering import Target
 from sparsify.sparse_model import SparseModel
 
 Make = Callable[..., SparseModel]
@@ -41,7 +42,7 @@ def _axes(values: Any) -> dict[str, list[str | int]]:
     ],
 )
 def test_writes_a_file_that_equals_the_model(
-    sparse_transformer: Make, tmp_path: Path, options: dict, target: str, lowering: str
+    sparse_transformer: Make, tmp_path: Path, options: dict, target: Target, lowering: str
 ) -> None:
     """The promise of the file: right at other shapes, small, readable, and of the allowed domains only."""
     sparse = sparse_transformer(**options)
@@ -55,7 +56,7 @@ def test_writes_a_file_that_equals_the_model(
     assert len(report.parity.shapes) == 4
     assert report.parity.max_relative_error <= 1e-5
     assert report.parity.expert_id_mismatches == 0
-    assert report.load_seconds > 0
+    assert report.load_seconds == report.parity.load_seconds > 0
 
     assert os.listdir(path.parent) == ["model.onnx"]
     assert report.file_bytes == path.stat().st_size
@@ -117,7 +118,7 @@ def test_writes_the_dense_model_beside_it(sparse_layer: Make, tmp_path: Path) ->
 
 def test_refuses_moe_op_where_it_is_wrong(sparse_transformer: Make, tmp_path: Path) -> None:
     """The user who insists learns the layer and the reason, and gets no inexact file."""
-    with pytest.raises(ExportError, match=r"layers.0 cannot become a com.microsoft.MoE node: its GELU is the tanh form"):
+    with pytest.raises(ExportError, match=r"layers\.0 cannot become a com\.microsoft\.MoE node: its GELU"):
         export_onnx(sparse_transformer(activation=F.gelu), tmp_path / "model.onnx", lowering="moe_op")
     assert os.listdir(tmp_path) == []
 
@@ -130,7 +131,7 @@ def test_keeps_no_file_that_is_wrong(sparse_layer: Make, tmp_path: Path, monkeyp
 
     def lower_wrongly(model: onnx_ir.Model) -> list[onnx_ir.Value]:
         ids = lower(model)
-        first = next(node for node in model.graph if node.op_type == "Gemm" and "experts" in node.inputs[1].name)
+        first = next(node for node in model.graph if node.op_type == "Gemm" and "experts" in str(node.inputs[1]))
         first.attributes["alpha"] = onnx_ir.AttrFloat32("alpha", 1.01)
         return ids
 

@@ -79,10 +79,10 @@ def test_a_near_tie_is_no_error(exported: tuple[SparseModel, Path]) -> None:
     """Where all experts score alike the runtimes may choose differently; then there is nothing to compare."""
     sparse, path = exported
     for name in ("layers.0", "layers.1"):
-        output = sparse.get_submodule(f"{name}.router").output
+        bias = sparse.get_parameter(f"{name}.router.output.bias")
         with torch.no_grad():
-            output.weight.zero_()
-            output.bias.fill_(1.0)
-            output.bias[0] += 1e-6
+            sparse.get_parameter(f"{name}.router.output.weight").zero_()
+            bias.fill_(1.0)
+            bias[0] += 1e-6
     with pytest.raises(VerificationError, match="some experts score alike"):
         verify_onnx(sparse, path)

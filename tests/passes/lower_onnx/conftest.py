@@ -72,6 +72,6 @@ def run_placeholder(placeholder_model: Callable[..., ir.Model]) -> Callable[...,
         onnx.checker.check_model(proto)
         session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
         feeds = {name: array for name, array in inputs.items() if name in {i.name for i in session.get_inputs()}}
-        return session.run(None, feeds)
+        return [np.asarray(output) for output in session.run(None, feeds)]
 
     return run

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsify.passes.lower_onnx.choose_lowering import check_options, choose_lowering, why_not_moe_op
+from sparsify.passes.lower_onnx.choose_lowering import Target, check_options, choose_lowering, why_not_moe_op
 from sparsify.passes.lower_onnx.find_layers import LayerFacts
 
 FACTS = LayerFacts(
@@ -38,7 +38,7 @@ NOW = (1, 31, 1)
         ({"activation": "gelu"}, "ort-cuda", "sorted_split"),
     ],
 )
-def test_auto_takes_the_faster_exact_lowering(change: dict, target: str, lowering: str) -> None:
+def test_auto_takes_the_faster_exact_lowering(change: dict, target: Target, lowering: str) -> None:
     """Each rule decides at its boundary."""
     chosen, reason = choose_lowering(replace(FACTS, **change), target, NOW)
     assert chosen == lowering
@@ -67,7 +67,7 @@ def test_auto_takes_the_faster_exact_lowering(change: dict, target: str, lowerin
         ({"activation": "silu", "gated": True}, "ort-cuda", None, "ignores the constants"),
     ],
 )
-def test_refuses_the_op_where_it_is_wrong(change: dict, target: str, runtime: tuple | None, reason: str) -> None:
+def test_refuses_the_op_where_it_is_wrong(change: dict, target: Target, runtime: tuple | None, reason: str) -> None:
     """Every case computes something else, fails to load, or fails at run time; users read the reason."""
     refused = why_not_moe_op(replace(FACTS, **change), target, runtime)
     assert refused is not None
@@ -86,7 +86,7 @@ def test_refuses_the_op_where_it_is_wrong(change: dict, target: str, runtime: tu
         ({"activation": "silu", "gated": True}, "ort-cuda", (1, 28)),
     ],
 )
-def test_accepts_the_op_where_it_is_exact(change: dict, target: str, runtime: tuple | None) -> None:
+def test_accepts_the_op_where_it_is_exact(change: dict, target: Target, runtime: tuple | None) -> None:
     """A rule that refuses too much would cost speed in silence."""
     assert why_not_moe_op(replace(FACTS, **change), target, runtime) is None
 

@@ -12,7 +12,9 @@ D = 17
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 @pytest.mark.parametrize("tokens", [0, 1, 13])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float16, 2e-3)])
-def test_equals_numpy(run_placeholder, dtype: type, tolerance: float, tokens: int, top_k: int, unit_weights: int) -> None:
+def test_equals_numpy(
+    run_placeholder, dtype: type, tolerance: float, tokens: int, top_k: int, unit_weights: int
+) -> None:
     """Rows go back to their tokens and are added with their weights."""
     rng = np.random.default_rng(tokens + top_k)
     rows = rng.standard_normal((tokens * top_k, D)).astype(dtype)

@@ -47,7 +47,5 @@ def test_sorts_many_rows_stably(run_placeholder) -> None:
     ids = np.random.default_rng(1).integers(0, E, (20_000, 1))
     attributes = {"num_experts": E, "num_parts": E, "top_k": 1}
     x = np.zeros((len(ids), 1), np.float32)
-    order = run_placeholder(
-        "Dispatch", {"x": x, "ids": ids}, attributes, (np.float32, np.int64, np.int32, np.int64)
-    )[1]
+    order = run_placeholder("Dispatch", {"x": x, "ids": ids}, attributes, (np.float32, np.int64, np.int32, np.int64))[1]
     np.testing.assert_array_equal(order, np.argsort(ids[:, 0], kind="stable"))

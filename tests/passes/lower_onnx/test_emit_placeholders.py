@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsify.passes.lower_onnx.choose_lowering import Lowering
 from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
 from sparsify.passes.lower_onnx.find_layers import find_layers
 
 
 @pytest.mark.parametrize(("lowering", "kept"), [("sorted_split", 4), ("moe_op", 1)])
-def test_leaves_no_op_of_ours(sparse_transformer, lowering: str, kept: int) -> None:
+def test_leaves_no_op_of_ours(sparse_transformer, lowering: Lowering, kept: int) -> None:
     """A leftover op fails in torch.onnx.export; activations stay only where the experts are split."""
     sparse = sparse_transformer()
     emit_placeholders(sparse.graph, [(layer, lowering) for layer in find_layers(sparse, sparse.graph)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _inputs(tokens: int, top_k: int, hidden: int, size: int, gated: bool, biases: str) -> dict[str, np.ndarray | None]:
+def _inputs(tokens: int, top_k: int, hidden: int, size: int, gated: bool, biases: str) -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
-    inputs: dict[str, np.ndarray | None] = {
+    inputs: dict[str, Any] = {
         "x": normal(tokens, hidden),
         "ids": np.argsort(rng.random((tokens, E)), axis=1)[:, :top_k].astype(np.int64),
         "weights": (rng.random((tokens, top_k)) * 3 + 0.1).astype(np.float32),
@@ -37,8 +38,8 @@ def _inputs(tokens: int, top_k: int, hidden: int, size: int, gated: bool, biases
     return inputs
 
 
-def _expected(inputs: dict[str, np.ndarray | None], activation: str, unit_weights: bool) -> np.ndarray:
-    wide = {name: None if a is None else a.astype(np.float64) for name, a in inputs.items()}
+def _expected(inputs: dict[str, Any], activation: str, unit_weights: bool) -> np.ndarray:
+    wide: dict[str, Any] = {name: None if a is None else a.astype(np.float64) for name, a in inputs.items()}
 
     def linear(x: np.ndarray, role: str, e: int) -> np.ndarray:
         bias = wide[f"{role}_bias"]
@@ -54,7 +55,7 @@ def _expected(inputs: dict[str, np.ndarray | None], activation: str, unit_weight
     return y
 
 
-def _check(run_placeholder, inputs: dict[str, np.ndarray | None], activation: str, unit_weights: int) -> None:
+def _check(run_placeholder, inputs: dict[str, Any], activation: str, unit_weights: int) -> None:
     top_k = inputs["ids"].shape[1]
     attributes = {"num_experts": E, "top_k": top_k, "activation": activation, "unit_weights": unit_weights}
     (y,) = run_placeholder("MoE", inputs, attributes)
