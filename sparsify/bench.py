@@ -130,11 +130,15 @@ def timing_cells(timing: Timing) -> tuple[str, ...]:
     return (
         timing.runtime,
         _describe_sizes(timing.sizes),
-        f"{timing.dense:.3g}",
-        f"{timing.sparse:.3g}",
+        _short_ms(timing.dense),
+        _short_ms(timing.sparse),
         f"{timing.speedup:.2f}x",
         f"({low:.2f}-{high:.2f})",
     )
+
+
+def _short_ms(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def describe_machine(machine: Machine) -> str:

@@ -26,9 +26,9 @@ def measure_neurons(dense: DenseFFN, x: Tensor) -> NeuronStatistics:
     total = torch.zeros(dense.down.weight.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
     for part in chunks(x):
-        hidden = dense.hidden(part).double()
+        hidden = dense.hidden(part)
         total += hidden.sum(0)
-        squares += hidden.square().sum(0)
+        squares += hidden.square_().sum(0)
     mean = total / len(x)
     return NeuronStatistics(mean, (squares / len(x) - mean.square()).clamp(min=0))
 
