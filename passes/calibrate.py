@@ -155,6 +155,11 @@ def _positions(batch: object) -> int:
     return tensors[0].numel() // (tensors[0].shape[-1] if has_features else 1)
 
 
+def without_padding(tensor: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """`[..., D]` to `[T, D]`, without the positions that a keyword `attention_mask` of these tokens hides."""
+    return _select(tensor, _token_mask(kwargs))
+
+
 def _token_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
     mask = kwargs.get(_MASK)
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

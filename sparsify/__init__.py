@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from sparsify.api import Inspection, inspect, sparsify
 from sparsify.config import SparsifyConfig
+from sparsify.passes.export_onnx import ExportReport, LayerExport, export_onnx
 from sparsify.passes.match_ffn import FFNMatch, Rejection
+from sparsify.passes.verify_onnx import OnnxParity, verify_onnx
 from sparsify.report import FFNReport, MetricReport, Report
 from sparsify.sparse_model import SparseModel
 
 __all__ = [
+    "ExportReport",
     "FFNMatch",
     "FFNReport",
     "Inspection",
+    "LayerExport",
     "MetricReport",
+    "OnnxParity",
     "Rejection",
     "Report",
     "SparseModel",
     "SparsifyConfig",
+    "export_onnx",
     "inspect",
     "sparsify",
+    "verify_onnx",
 ]

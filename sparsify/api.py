@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.config import SparsifyConfig
 from sparsify.errors import CaptureError, NoFFNError
+from sparsify.passes.calibrate import without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode
 from sparsify.passes.convert import convert
 from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
@@ -150,11 +151,15 @@ def _require_ffn(
 
 @torch.no_grad()
 def _output_error(model: nn.Module, sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Relative L2 difference over all floating outputs, both models in evaluation mode."""
+    """Relative L2 difference over all floating outputs, padding left out, the dense model in evaluation mode."""
     with evaluation_mode(model):
         expected = model(*args, **kwargs)
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(sparse(*args, **kwargs)), strict=True)
-    floating = [(a.double(), b.double()) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+    floating = [
+        (without_padding(a, kwargs).double(), without_padding(b, kwargs).double())
+        for a, b in pairs
+        if isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 0
+    ]
     difference = sum(float((a - b).square().sum()) for a, b in floating)
     size = sum(float(a.square().sum()) for a, _ in floating)
     return (difference / size) ** 0.5 if size else difference**0.5

@@ -184,7 +184,7 @@ def bench(
     timings = _time_torch((dense, sparse), flat, sparse, named_inputs, rounds, steps)
     if files is not None:
         timings += _time_onnx(files, named_inputs, provider, rounds, steps)
-    return BenchReport(_machine(with_onnxruntime=files is not None), tuple(timings))
+    return BenchReport(read_machine(with_onnxruntime=files is not None), tuple(timings))
 
 
 NamedInputs = tuple[dict[str, int], dict[str, Tensor]]
@@ -367,7 +367,8 @@ def _describe_sizes(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "as the example"
 
 
-def _machine(*, with_onnxruntime: bool) -> Machine:
+def read_machine(*, with_onnxruntime: bool) -> Machine:
+    """What this process runs on."""
     version = ""
     if with_onnxruntime:
         import onnxruntime

@@ -45,8 +45,6 @@ def convert_model(
     batches = dense.calibration() if calibrates and dense.calibration is not None else None
     sparse = sparsify(dense.model, dense.args, dense.kwargs, config=config, calibration=batches, progress=stages)
     report = sparse.report
-    if report is None:
-        raise RuntimeError("sparsify() returned a model without a report")
     if dense.metric is None or not report.converted:
         return sparse, report
     stages("metric", 0, 2)

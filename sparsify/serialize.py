@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -80,6 +81,7 @@ def save_model(sparse: SparseModel, folder: Path) -> None:
             (staging / GRAPH_FILE).write_bytes(graph)
             # One entry only: safetensors writes several in an order that changes from run to run.
             save_file(tensors, staging / TENSOR_FILE, metadata={"graph_sha256": _sha256(graph)})
+            shutil.copymode(staging / GRAPH_FILE, staging / TENSOR_FILE)  # safetensors shuts everybody else out
     except safetensors.SafetensorError as error:
         raise OutputError(
             f"{TENSOR_FILE} cannot be written to {folder}: {error}. Nothing was changed there; free some space, or "

@@ -121,7 +121,7 @@ def test_set_top_k() -> None:
     model = Bert(BertConfig()).eval()
     sparse = sparsify(model, (IDS,), calibration=batches(), refit=False, **OPTIONS)
     assert relative(sparse(IDS), model(IDS)) > 1e-3
-    with pytest.raises(ValueError, match="top_k must be between 2 and 8 for layers.0"):
+    with pytest.raises(ValueError, match=r"top_k must be between 2 and 8 for layers\.0"):
         sparse.set_top_k(9)
     sparse.set_top_k(8)
     assert relative(sparse(IDS), model(IDS)) <= 1e-5
@@ -160,7 +160,7 @@ def test_a_model_without_ffn() -> None:
     near_miss = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 8))
     with pytest.raises(NoFFNError, match=r"(?s)among 2 linear layers\. The nearest:\n  - model: `layer_norm` stands"):
         sparsify(near_miss, torch.randn(2, 8))
-    with pytest.raises(NoFFNError, match="among 1 linear layers. None of them feeds another"):
+    with pytest.raises(NoFFNError, match=r"among 1 linear layers\. None of them feeds another"):
         sparsify(nn.Linear(8, 8), torch.randn(2, 8))
 
 

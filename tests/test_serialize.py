@@ -83,7 +83,7 @@ def assert_same(loaded: SparseModel, saved: SparseModel, *args, **kwargs) -> Non
     assert {n: str(r) for n, r in loaded.routers.items()} == {n: str(r) for n, r in saved.routers.items()}
     assert loaded.training == saved.training
     assert loaded.info.num_shared_experts == saved.info.num_shared_experts
-    assert loaded.report is None
+    assert loaded.info.report is None
 
 
 class DictMLP(nn.Module):

@@ -35,3 +35,28 @@ def test_names_an_op_that_onnx_lacks(capsys: pytest.CaptureFixture[str]) -> None
         trace_onnx(flat, 20)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
+
+
+class _Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.head = nn.Embedding(90, 64), nn.Linear(64, 64), nn.Linear(64, 90, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.linear(self.linear(self.embed(ids))))
+
+
+def test_stores_a_shared_weight_once() -> None:
+    """A weight read at many places, or also as an embedding, must not be stored again in transposed form."""
+    model, ids = _Shared(), torch.zeros(2, 3, dtype=torch.int64)
+    traced = trace_onnx(flatten_graph(capture(model, (ids,)), (ids,), {}, {}), 20)
+    stored = sum(value.const_value.nbytes for value in traced.graph.initializers.values() if value.const_value)
+    assert stored <= sum(p.numel() * p.element_size() for p in model.parameters()) + 100
+
+
+def test_refuses_an_opset_that_it_did_not_write() -> None:
+    """The exporter falls back to another opset in silence."""
+    model, ids = _Shared(), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ExportError, match="opset"):
+        trace_onnx(flatten_graph(capture(model, (ids,)), (ids,), {}, {}), 5)
