@@ -22,7 +22,8 @@ help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Convert MiniLM into 16 experts of which 4 run, export it to out/minilm, compare the speed
-	$(RUN) sparsify convert minilm --experts 16 --top-k 4 -o out/minilm --bench
+	$(RUN) sparsify convert minilm --experts 16 --top-k 4 -o out/minilm
+	$(RUN) sparsify bench out/minilm --size 8x64 --size 32x128
 
 test: $(STAMP)  ## Run the tests
 	$(RUN) python -m pytest

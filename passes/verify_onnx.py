@@ -99,7 +99,10 @@ def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
-    session, _ = open_session(_with_expert_ids(proto, file_layers), path.parent, cuda)
+    probe = _with_expert_ids(proto, file_layers)
+    del proto  # a copy of all weights; onnxruntime makes its own
+    session, _ = open_session(probe, path.parent, cuda)
+    del probe
     clean, checks = _check_routing(flat, layers, session, [layer.expert_ids for layer in file_layers])
     del session
     if not clean:
@@ -163,14 +166,12 @@ def _bounds(layers: Sequence[Layer], flat: FlatGraph) -> _Bounds:
 
 
 def _with_expert_ids(proto: onnx.ModelProto, layers: Sequence[FileLayer]) -> bytes:
-    """The same model with the expert ids of every layer among its outputs; weights kept outside stay there."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(proto)
-    taken = {output.name for output in probe.graph.output}
+    """The bytes of `proto`, which gains the expert ids of every layer as outputs; weights kept outside stay there."""
+    taken = {output.name for output in proto.graph.output}
     for name in dict.fromkeys(layer.expert_ids for layer in layers):
         if name not in taken:
-            probe.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
-    return probe.SerializeToString()
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+    return proto.SerializeToString()
 
 
 def _check_ids(reference: Reference, found: Sequence[Tensor], layers: Sequence[Layer], bounds: _Bounds) -> _IdCheck:
