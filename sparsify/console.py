@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Generator
+import signal
+from collections.abc import Callable, Generator
+from types import FrameType
 
 import typer
 from rich.console import Console
@@ -79,12 +81,19 @@ class Stages:
     Call it as `stages(stage, done, total)`, or put a stage that cannot count its steps in `with stages.running(stage)`.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, is_interrupted: Callable[[], bool]) -> None:
         self._progress = progress
+        self._is_interrupted = is_interrupted
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` steps of a stage are done."""
+        """Shows that `done` of `total` steps of a stage are done.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed where the exception got lost, as in a destructor or a callback from C.
+        """
+        if self._is_interrupted():
+            raise KeyboardInterrupt
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage)
         # A single step has no time left to tell: the bar pulses until it is done.
@@ -113,8 +122,27 @@ def show_stages() -> Generator[Stages]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=make_console(stderr=True)) as progress:
-        yield Stages(progress)
+    with (
+        _remember_interrupts() as is_interrupted,
+        Progress(*columns, console=make_console(stderr=True)) as progress,
+    ):
+        yield Stages(progress, is_interrupted)
+
+
+@contextlib.contextmanager
+def _remember_interrupts() -> Generator[Callable[[], bool]]:
+    """Raises KeyboardInterrupt on Ctrl-C as Python does, and remembers that it was pressed."""
+    interrupts: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(interrupts)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _complain(message: str) -> None:

@@ -35,6 +35,8 @@ def lower_moe_op(node: ir.Node, tape: Tape) -> tuple[ir.Value]:
     attributes: dict[str, int | float | str] = {
         "k": top_k,
         "activation_type": activation,
+        # With 0, which is equal by the algebra above, the CPU kernel before onnxruntime 1.32 computes garbage where its
+        # input is an intermediate value: the output then takes the memory of the input, which is still being read.
         "normalize_routing_weights": 1,
     }
     if activation == "swiglu":

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+import torch
+
+from sparsify.passes.lower_onnx.lower_placeholders import lower_placeholders
+from sparsify.passes.lower_onnx.runtime import open_session, run_session
 
 E = 5
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -74,6 +80,28 @@ def test_equals_numpy(run_placeholder, activation: str, sizes: tuple[int, int], 
     """
     inputs = _inputs(7, 2, *sizes, activation == "swiglu", "up gate down")
     _check(run_placeholder, inputs, activation, unit_weights)
+
+
+def test_survives_the_reuse_of_its_input(placeholder_model) -> None:
+    """Inside a model the input is no graph input, and onnxruntime may write the output of the op over it.
+
+    The kernel before 1.32 is wrong then, unless it normalises; a test of the op alone cannot see it.
+    """
+    inputs = _inputs(7, 2, 17, 11, False, "up down")
+    attributes = {"num_experts": E, "top_k": 2, "activation": "relu", "unit_weights": 0}
+    model = placeholder_model("MoE", inputs, attributes, (np.float32,))
+    placeholder = model.graph[0]
+    doubled = ir.node("Add", [placeholder.inputs[0], placeholder.inputs[0]])
+    model.graph.insert_before(placeholder, doubled)
+    doubled.outputs[0].dtype = ir.DataType.FLOAT
+    placeholder.replace_input_with(0, doubled.outputs[0])
+    lower_placeholders(model)
+    session, _ = open_session(ir.to_proto(model).SerializeToString(), Path(), cuda=False)
+    feeds = {name: torch.from_numpy(inputs[name]) for name in ("x", "ids", "weights")}
+    (y,) = run_session(session, ["y0"], feeds)
+    inputs["x"] = 2 * inputs["x"]
+    expected = _expected(inputs, "relu", unit_weights=False)
+    assert np.abs(y.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("biases", ["", "up", "gate", "down", "gate down"])

@@ -1,0 +1,84 @@
+"""`convert`: layer after layer, on what is converted already, towards the hidden state of the dense model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from sparsify import SparsifyConfig
+from sparsify.errors import VerificationError
+from sparsify.models.bert import Bert, BertConfig
+from sparsify.models.gpt import GPT, GPTConfig
+from sparsify.passes import convert as module
+from sparsify.passes.calibrate import CalibrationStream
+from sparsify.passes.capture import capture
+from sparsify.passes.convert import convert
+from sparsify.passes.match_ffn import match_ffn
+from sparsify.passes.normalize_linear import NormalizeLinearPass
+from sparsify.passes.plan import make_plan
+from sparsify.passes.split.dense_ffn import read_ffn
+
+CONFIG = SparsifyConfig(num_experts=4, top_k=2, router_hidden_size=8)
+IDS = torch.randint(0, 256, (4, 16))
+
+
+def captured(model: nn.Module) -> GraphModule:
+    return NormalizeLinearPass()(capture(model.eval(), (IDS[:2],))).graph_module
+
+
+def run(graph_module: GraphModule, config: SparsifyConfig, calibration: list[Tensor] | None) -> list[tuple[int, int]]:
+    """Convert everything that `config` selects; return the calls of `progress`."""
+    matches, _ = match_ffn(graph_module)
+    calls: list[tuple[int, int]] = []
+    plan = make_plan(matches, config)
+    convert(graph_module, matches, plan, config, calibration, ((IDS[:2],), {}), lambda *call: calls.append(call))
+    graph_module.recompile()
+    return calls
+
+
+@pytest.mark.parametrize("model", [Bert(BertConfig()), GPT(GPTConfig())], ids=["post-norm", "pre-norm"])
+def test_the_target_leads_back_to_the_dense_model(model: nn.Module) -> None:
+    """Protects: with the wanted output, the second block of the converted model ends where the dense one's does."""
+    graph_module = captured(model)
+    dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    first, second = match_ffn(graph_module)[0]
+    run(graph_module, replace(CONFIG, select=first.name), [IDS])
+    reference, stream = CalibrationStream(dense_module, [IDS]), CalibrationStream(graph_module, [IDS])
+    down = next(node for node in graph_module.graph.nodes if node.name == second.down)
+    (residual,) = module.residual_terms(down)
+    sample = module._sample(reference, stream, graph_module, second, read_ffn(graph_module, second))
+    streams = CalibrationStream(dense_module, [IDS]), CalibrationStream(graph_module, [IDS])
+    with torch.no_grad():
+        (dense_x, dense_r), (x, r) = (s.tokens_at([second.x, residual.name], "") for s in streams)
+        wanted = dense_r + read_ffn(dense_module, second)(dense_x)
+    assert float((x - dense_x).norm() / dense_x.norm()) > 1e-3  # the first layer did change something
+    torch.testing.assert_close(sample.x, x)
+    torch.testing.assert_close(r + sample.target, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_progress_and_order() -> None:
+    """Protects: layers are announced one by one."""
+    assert run(captured(Bert(BertConfig())), CONFIG, [IDS]) == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_nothing_to_do_reads_no_data() -> None:
+    """Protects: calibration data is not consumed where every layer stays dense."""
+    batches = iter([IDS])
+    run(captured(Bert(BertConfig())), replace(CONFIG, num_experts=64), list[Tensor]())
+    assert next(batches) is IDS
+
+
+def test_a_receipt_that_does_not_hold_stops_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: no layer is put in place before it is proven; the fault cannot be provoked with correct code."""
+    graph_module = captured(Bert(BertConfig()))
+    before = str(graph_module.graph)
+    split = module.split_ffn
+    monkeypatch.setattr(module, "split_ffn", lambda *a, **k: replace(split(*a, **k), receipt=1e-3))
+    with pytest.raises(VerificationError, match=r"layers\.0\.ffn: with all experts on"):
+        run(graph_module, CONFIG, [IDS])
+    assert str(graph_module.graph) == before

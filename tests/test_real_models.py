@@ -1,0 +1,47 @@
+"""The promises, end to end, on the two real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify import SparseModel, SparsifyConfig, export_onnx, sparsify
+from sparsify.models.dense_model import DenseModel, output_tensor
+
+
+def difference(sparse: SparseModel, dense: DenseModel, *shape: int) -> float:
+    """Relative difference of the first output at a size that was not traced."""
+    ids = torch.randint(5, 1000, shape)
+    inputs = {name: ids if name == "input_ids" else torch.ones_like(ids) for name in dense.kwargs}
+    name = "logits" if dense.name == "smollm2" else "last_hidden_state"
+    with torch.no_grad():
+        ours, expected = (output_tensor(model(**inputs), name) for model in (sparse, dense.model))
+    return float((ours - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("name", "num_experts"), [("minilm", 16), ("smollm2", 3)])
+def test_all_experts_on_is_the_dense_model(
+    name: str, num_experts: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Protects: promises 1 and 4. Equal in PyTorch to 1e-5 and in onnxruntime to 1e-4, every layer converted."""
+    dense: DenseModel = request.getfixturevalue(name)
+    sparse = sparsify(dense.model, dense.args, dense.kwargs, num_experts=num_experts, top_k=num_experts, select="all")
+    assert all(ffn.action == "converted" for ffn in sparse.report.ffns)
+    assert len(sparse.report.ffns) == {"minilm": 6, "smollm2": 30}[name]
+    assert sparse.report.max_receipt <= 1e-5
+    assert difference(sparse, dense, 3, 11) <= 1e-5
+    parity = export_onnx(sparse, tmp_path / "model.onnx").parity
+    assert parity is not None
+    assert parity.max_relative_error <= 1e-4
+    assert parity.expert_id_mismatches == 0
+
+
+def test_minilm_split(minilm: DenseModel) -> None:
+    """Protects: the quality of the split; the demo, with five times the tokens, reaches more."""
+    assert minilm.calibration is not None
+    assert minilm.metric is not None
+    config = SparsifyConfig(num_experts=16, top_k=4, max_calibration_tokens=12_000)
+    sparse = sparsify(minilm.model, minilm.args, minilm.kwargs, config=config, calibration=minilm.calibration())
+    assert minilm.metric.evaluate(sparse) >= 0.88
