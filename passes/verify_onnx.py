@@ -7,14 +7,17 @@ is counted, and the outputs at that shape are not compared.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
 from sparsify.errors import LoadError, VerificationError
@@ -99,12 +102,12 @@ def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
-    probe = _with_expert_ids(proto, file_layers)
-    del proto  # a copy of all weights; onnxruntime makes its own
-    session, _ = open_session(probe, path.parent, cuda)
-    del probe
-    clean, checks = _check_routing(flat, layers, session, [layer.expert_ids for layer in file_layers])
-    del session
+    _add_expert_ids(proto, file_layers)
+    with _stored(proto) as probe:
+        del proto  # a copy of all weights; onnxruntime makes its own
+        session, _ = open_session(probe, path.parent, cuda)
+        clean, checks = _check_routing(flat, layers, session, [layer.expert_ids for layer in file_layers])
+        del session
     if not clean:
         raise VerificationError(
             f"at each of {len(checks)} shapes some experts score alike to within rounding, so PyTorch and onnxruntime "
@@ -165,13 +168,28 @@ def _bounds(layers: Sequence[Layer], flat: FlatGraph) -> _Bounds:
     return _Bounds(error=1e-2, tie=1e-2) if half else _Bounds(error=1e-4, tie=1e-5)
 
 
-def _with_expert_ids(proto: onnx.ModelProto, layers: Sequence[FileLayer]) -> bytes:
-    """The bytes of `proto`, which gains the expert ids of every layer as outputs; weights kept outside stay there."""
+def _add_expert_ids(proto: onnx.ModelProto, layers: Sequence[FileLayer]) -> None:
+    """Make the expert ids of every layer outputs."""
     taken = {output.name for output in proto.graph.output}
     for name in dict.fromkeys(layer.expert_ids for layer in layers):
         if name not in taken:
             proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
-    return proto.SerializeToString()
+
+
+@contextlib.contextmanager
+def _stored(proto: onnx.ModelProto) -> Generator[Path | bytes]:
+    """The model for onnxruntime: a temporary file, so that its weights are not in memory once more.
+
+    As bytes where the weights lie outside: they are found from the folder of the original, and the rest is small.
+    """
+    if any(uses_external_data(tensor) for tensor in proto.graph.initializer):
+        yield proto.SerializeToString()
+        return
+    with tempfile.TemporaryDirectory(prefix="sparsify-") as folder:
+        probe = Path(folder) / "probe.onnx"
+        onnx.save(proto, str(probe))
+        del proto
+        yield probe
 
 
 def _check_ids(reference: Reference, found: Sequence[Tensor], layers: Sequence[Layer], bounds: _Bounds) -> _IdCheck:

@@ -54,8 +54,6 @@ def open_session(model: Path | bytes, folder: Path, cuda: bool) -> tuple[Session
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if isinstance(model, bytes):
-        # Bytes are a probe that runs a few times: packing would hold its weights twice.
-        options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     gpu = [("CUDAExecutionProvider", {"use_tf32": "0"})] if cuda else []
     source = model if isinstance(model, bytes) else str(model)
