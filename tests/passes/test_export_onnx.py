@@ -88,7 +88,6 @@ def test_handles_a_router_of_its_own(sparse_layer: Make, skipping_router: Any, t
 def test_half_precision(sparse_transformer: Make, tmp_path: Path) -> None:
     """fp16 is exported and held to its own bound; bf16, which onnxruntime cannot run on the CPU, leaves no file."""
     report = export_onnx(sparse_transformer(dtype=torch.float16), tmp_path / "half.onnx")
-    assert "garbage" in report.layers[0].reason
     assert report.parity is not None
     assert 1e-6 < report.parity.max_relative_error <= 1e-2
     with pytest.raises(ExportError, match=r"cannot load the exported model.*bfloat16"):
