@@ -41,8 +41,8 @@ def make_plan(matches: Sequence[FFNMatch], config: SparsifyConfig) -> Conversion
     """Decide for every FFN.
 
     Raises:
-        SelectionError: a pattern or predicate selects nothing.
-        ValueError: an FFN that was selected by pattern, predicate or "all" has too few neurons for the experts.
+        SelectionError: a pattern or predicate selects nothing, or an FFN that was selected by pattern, predicate or
+            "all" has too few neurons for the experts.
     """
     chosen = {match.name: _selects(config, match) for match in matches}
     if config.select not in ("auto", "all") and matches and not any(chosen.values()):
@@ -58,7 +58,7 @@ def _plan_layer(match: FFNMatch, config: SparsifyConfig, chosen: bool) -> LayerP
     if not chosen:
         return _dense(match, "not selected")
     if not _fits(match, config):
-        raise ValueError(
+        raise SelectionError(
             f"{match.name} has {match.intermediate_size} neurons, too few for num_experts={config.num_experts} with "
             f"{config.shared} shared; at most {_most_experts(match, config)} work here"
         )

@@ -88,6 +88,7 @@ def sparsify(
         ValueError: an option is not valid.
         CaptureError: the model cannot be traced, or the example inputs do not fit it.
         NoFFNError: the model has no FFN that can be split.
+        SelectionError: `select` matches no FFN, or one with too few neurons for the experts.
         CalibrationError: the calibration data is empty, does not fit, or leads to values that are not finite.
     """
     config = _config(config, options)

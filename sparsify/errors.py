@@ -16,7 +16,7 @@ class NoFFNError(SparsifyError, ValueError):
 
 
 class SelectionError(SparsifyError, ValueError):
-    """`select` names no feed-forward layer of the model."""
+    """`select` names no feed-forward layer of the model, or one with too few neurons for the experts."""
 
 
 class CalibrationError(SparsifyError, ValueError):

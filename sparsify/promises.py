@@ -1,4 +1,4 @@
-"""The promises of a conversion, measured again on the files that it left."""
+"""The promises of a conversion: its receipts are read, its ONNX file is run and compared again."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def lower_combine(node: ir.Node, tape: Tape) -> tuple[ir.Value]:
 
 
 def _inverse(tape: Tape, order: ir.Value) -> ir.Value:
-    """`inverse[order[i]] = i`; ten times faster than a second sort."""
+    """`inverse[order[i]] = i`, in one pass instead of a second sort."""
     count = tape.op("Squeeze", [tape.op("Shape", [order])])
     places = tape.op("Range", [constant(tape, 0), count, constant(tape, 1)])
     return tape.op("ScatterElements", [places, order, places], {"axis": 0})

@@ -34,7 +34,7 @@ def lower_dispatch(node: ir.Node, tape: Tape) -> tuple[ir.Value, ir.Value, ir.Va
     _, order = tape.op_multi_out("TopK", [key, count], {"axis": 0, "largest": 0, "sorted": 1}, num_outputs=2)
     token = order if top_k == 1 else tape.op("Div", [order, constant(tape, top_k)])
     rows = tape.op("Gather", [x, token], {"axis": 0})
-    # Counting by ScatterElements is 10 to 100 times faster than comparing every id with every expert.
+    # ScatterElements touches each id once; comparing every id with every expert would touch it E times.
     zeros = filled(tape, constant(tape, [num_parts]), 0, ir.DataType.INT64)
     ones = filled(tape, count, 1, ir.DataType.INT64)
     tokens_per_expert = tape.op("ScatterElements", [zeros, key, ones], {"axis": 0, "reduction": "add"})

@@ -1,8 +1,7 @@
 """Which neurons each expert takes: the shared experts take the most important ones, clustering divides the rest.
 
 Neurons are clustered by what they do on a sample of tokens: those that rise and fall together belong together, so that
-a router can tell from the token which groups matter (ExpertWeaver, arXiv 2602.15521, clusters mean profiles; measured
-here on MiniLM, single tokens and signed values beat the rows of up_proj by 0.005 Spearman).
+a router can tell from the token which groups matter (ExpertWeaver, arXiv 2602.15521, clusters mean profiles).
 
 T tokens, F intermediate_size, E num_experts, S of them shared, m = ceil(F / E) neurons of an expert.
 """

@@ -19,13 +19,12 @@ _LEARNING_RATE = 1e-2
 
 def expert_norms(experts: Experts, x: Tensor) -> Tensor:
     """`[T, R]`: the norm of `E_e(x) + expert_bias_e`, the deviation from what stands in when e is skipped."""
-    everyone = torch.arange(experts.num_routed)
-    return torch.cat([_norms(experts, part, everyone) for part in chunks(x)])
+    return torch.cat([_norms(experts, part) for part in chunks(x)])
 
 
-def _norms(experts: Experts, x: Tensor, everyone: Tensor) -> Tensor:
-    columns = []
-    for e in everyone.tolist():
+def _norms(experts: Experts, x: Tensor) -> Tensor:
+    columns: list[Tensor] = []
+    for e in range(experts.num_routed):
         projected = [
             torch.nn.functional.linear(x, weight[e], None if bias is None else bias[e])
             for weight, bias in zip(experts.projections, experts.projection_biases, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ def captured(model: nn.Module) -> GraphModule:
     return NormalizeLinearPass()(capture(model.eval(), (IDS[:2],))).graph_module
 
 
-def run(graph_module: GraphModule, config: SparsifyConfig, calibration: list[Tensor] | None) -> list[tuple[int, int]]:
+def run(graph_module: GraphModule, config: SparsifyConfig, calibration: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Convert everything that `config` selects; return the calls of `progress`."""
     matches, _ = match_ffn(graph_module)
     calls: list[tuple[int, int]] = []
@@ -69,7 +70,7 @@ def test_progress_and_order() -> None:
 def test_nothing_to_do_reads_no_data() -> None:
     """Protects: calibration data is not consumed where every layer stays dense."""
     batches = iter([IDS])
-    run(captured(Bert(BertConfig())), replace(CONFIG, num_experts=64), list[Tensor]())
+    run(captured(Bert(BertConfig())), replace(CONFIG, num_experts=64), batches)
     assert next(batches) is IDS
 
 

@@ -60,7 +60,7 @@ def test_a_pattern_that_matches_nothing(matches: list[FFNMatch]) -> None:
 
 def test_too_many_experts_for_an_ffn_that_was_asked_for(matches: list[FFNMatch]) -> None:
     """Protects: the message says which count works."""
-    with pytest.raises(ValueError, match=r"narrow has 70 neurons, too few for num_experts=128.* at most 70 work"):
+    with pytest.raises(SelectionError, match=r"narrow has 70 neurons, too few for num_experts=128.* at most 70 work"):
         make_plan(matches, SparsifyConfig(num_experts=128, top_k=1, select="narrow"))
 
 
