@@ -8,15 +8,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import Target
 
 from sparsify.passes.graph_values import as_node, last_size
+from sparsify.passes.neuron_wise import out_of_place
 
 _KNOWN: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -66,7 +66,7 @@ def extract_activation(inputs: Sequence[Node], region: Sequence[Node], result: N
             copied[node] = copied[as_node(node.args[0])]
             continue
         copied[node] = copy.node_copy(node, copied.__getitem__)
-        copied[node].target = _functional(node.target)
+        copied[node].target = out_of_place(node.target)
         copied[node].meta.clear()
     copy.output(copied[result])
     copy.eliminate_dead_code()
@@ -83,14 +83,15 @@ def is_view(node: Node) -> bool:
     return before is not None and before == after
 
 
-def _functional(target: Target) -> Target:
-    """`aten.relu_.default` -> `aten.relu.default`; anything else unchanged."""
-    if not isinstance(target, OpOverload):
-        return target
-    packet, overload = target.name().removeprefix("aten::").partition(".")[::2]
-    if not packet.endswith("_"):
-        return target
-    return getattr(getattr(torch.ops.aten, packet[:-1], None), overload or "default", target)
+def in_precision(function: GraphModule, dtype: torch.dtype) -> GraphModule:
+    """The same function for inputs in `dtype`: changes to another floating precision become changes to this one."""
+    copy = Graph()
+    copied: dict[Node, Node] = {}
+    for node in function.graph.nodes:
+        copied[node] = copy.node_copy(node, copied.__getitem__)
+        if node.target is torch.ops.aten.to.dtype and cast("torch.dtype", node.args[1]).is_floating_point:
+            copied[node].args = (copied[node].args[0], dtype)
+    return GraphModule({}, copy)
 
 
 def name_activation(activation: GraphModule, num_projections: int, num_vectors: int) -> ActivationName:

@@ -46,11 +46,12 @@ class CalibrationStream:
             self._masks.append(_token_mask(kwargs))
         self._executed.update(inputs)
 
-    def tokens_at(self, nodes: Sequence[str], name: str) -> list[Tensor]:
+    def tokens_at(self, places: Sequence[tuple[str, int]], name: str) -> list[Tensor]:
         """Run every batch as far as needed to know some nodes.
 
         Args:
-            nodes: names of nodes with values `[..., D]`: the input of an FFN, and others that were not passed yet.
+            places: names of nodes, the input of an FFN and others that were not passed yet, each with the axis of its
+                features, counted from the end.
             name: of the FFN, for the error message.
 
         Returns:
@@ -60,14 +61,14 @@ class CalibrationStream:
             CalibrationError: a token is not finite, or no token is left.
         """
         by_name = {node.name: node for node in self._graph_module.graph.nodes}
-        wanted = [by_name[node] for node in nodes]
+        wanted = [by_name[node] for node, _ in places]
         self._advance(wanted)
-        return [self._tokens(node, name) for node in wanted]
+        return [self._tokens(node, axis, name) for node, (_, axis) in zip(wanted, places, strict=True)]
 
-    def _tokens(self, node: Node, name: str) -> Tensor:
+    def _tokens(self, node: Node, axis: int, name: str) -> Tensor:
         found: list[Tensor] = []
         for index, (environment, mask) in enumerate(zip(self._environments, self._masks, strict=True)):
-            tokens = _select(environment[node], mask)
+            tokens = _select(environment[node].movedim(axis, -1), mask)
             if not torch.isfinite(tokens).all():
                 raise CalibrationError(
                     f"calibration batch {index} leads to NaN or infinite values at the input of {name}; remove that "

@@ -62,15 +62,20 @@ def convert(
     batches = [example] if calibration is None else read_batches(calibration, config.max_calibration_tokens)
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     reference, stream = CalibrationStream(dense_module, batches), CalibrationStream(graph_module, batches)
+    layers = {layer.name: layer for layer in plan.layers}
     tokens = 0
     for done, match in enumerate(todo):
         progress(done, len(todo))
         dense = read_ffn(graph_module, match)
-        sample = _sample(reference, stream, graph_module, match, dense)
+        if len(match.sites) > 1:
+            sample = _pooled(CalibrationStream(dense_module, batches), match, dense, config.max_calibration_tokens)
+        else:
+            sample = _sample(reference, stream, graph_module, match, dense)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
-        result = split_ffn(dense, fit, measured, config, may_refit=calibration is not None)
+        options = layers[match.name].configure(config)
+        result = split_ffn(dense, fit, measured, options, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
-        InsertMoEPass(match, result.experts, result.router, dense.weight_dtype, dense.requires_grad)(graph_module)
+        InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad)(graph_module)
         results[match.name] = result
         tokens = 0 if calibration is None else len(sample.x)
     progress(len(todo), len(todo))
@@ -79,7 +84,7 @@ def convert(
 
 def _in_order(graph_module: GraphModule, matches: list[FFNMatch]) -> list[FFNMatch]:
     position = {node.name: i for i, node in enumerate(graph_module.graph.nodes)}
-    return sorted(matches, key=lambda match: position[match.x])
+    return sorted(matches, key=lambda match: position[match.sites[0].x])
 
 
 def _sample(
@@ -90,14 +95,22 @@ def _sample(
     dense: DenseFFN,
 ) -> Sample:
     """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one."""
-    down = next(node for node in graph_module.graph.nodes if node.name == match.down)
-    nodes = [match.x, *(term.name for term in residual_terms(down))]
-    x, *residuals = stream.tokens_at(nodes, match.name)
-    dense_x, *dense_residuals = reference.tokens_at(nodes, match.name)
+    (site,) = match.sites
+    down = next(node for node in graph_module.graph.nodes if node.name == site.down)
+    places = [(site.x, site.x_axis), *((term.name, site.down_axis) for term in residual_terms(down))]
+    x, *residuals = stream.tokens_at(places, match.name)
+    dense_x, *dense_residuals = reference.tokens_at(places, match.name)
     target = torch.cat([dense(part) for part in chunks(dense_x)])
     for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
         target += dense_residual - residual
     return Sample(x, target)
+
+
+def _pooled(stream: CalibrationStream, match: FFNMatch, dense: DenseFFN, max_tokens: int) -> Sample:
+    """The inputs of all sites that share the FFN, in the dense model: its experts serve every site."""
+    x = torch.cat(stream.tokens_at([(site.x, site.x_axis) for site in match.sites], match.name))
+    x = x[:: -(-len(x) // max_tokens)]
+    return Sample(x, torch.cat([dense(part) for part in chunks(x)]))
 
 
 def _synthetic(sample: Sample, seed: int) -> Sample:

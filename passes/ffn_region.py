@@ -1,198 +1,111 @@
-"""Walk back from a linear layer to the projections that feed it, through neuron-wise nodes only.
+"""What lies between the projections of an FFN and `down`: parts, per-neuron vectors, and the function of one neuron.
 
-F intermediate_size: the input width of the linear layer where the walk starts.
+F intermediate_size. `walk_back.py` collects it.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
 
-import torch
-from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 
-from sparsify.passes.activation import is_view
-from sparsify.passes.graph_values import as_node, fake_tensor, last_size, op_name
+from sparsify.passes.graph_values import op_name
+from sparsify.passes.linear_layer import LinearLayer
+from sparsify.passes.neuron_wise import is_linear_op
 
-aten = torch.ops.aten
-
-# Neuron-wise, though torch does not tag them as pointwise.
-_TRANSPARENT = (
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh_copy.default,
-    aten.silu.default,
-    aten.gelu.default,
-)
-# Pointwise, but linear in the activations: alone they make no activation function.
-_ARITHMETIC = {"add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg"}
-_COPIES = {"clone", "to", "_to_copy", "type_as", "contiguous", "alias", "detach", "lift_fresh_copy"}
-_LINEAR = _ARITHMETIC | _COPIES | {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}
-
-_CHUNKS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+FOREIGN = "foreign"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `start:stop` of the output of one linear layer: all of it, or the part that a chunk or slice takes."""
+    """The rows of one linear layer that the neurons read: `rows[j]` is the row of neuron j."""
+
+    layer: LinearLayer
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A constant that varies with the neuron at most.
+
+    Attributes:
+        node: holds it.
+        dims: its dimensions that count neurons, counted from the end; () for a single number.
+        index: `[F]`, the place of each neuron in these dimensions, flattened; () for a single number.
+    """
 
     node: Node
-    linear: Node
-    start: int
-    stop: int
+    dims: tuple[int, ...]
+    index: tuple[int, ...]
 
 
 @dataclass
 class Region:
-    """What lies between the projections and `down`."""
+    """What lies between the projections and `down`.
 
-    down: Node
+    Attributes:
+        down: the layer where the walk started.
+        parts: the projections, in graph order.
+        vectors: per-neuron vectors and single numbers.
+        interior: every node that vanishes with the FFN, projections included, `down` not.
+        blocked: nodes that are not neuron-wise, with the reason.
+        function: from parts, vectors and what is blocked (in this order) to the input of `down`.
+        is_foreign: values from somewhere else are mixed in, as attention does: this is no FFN at all.
+    """
+
+    down: LinearLayer
     parts: list[Part] = field(default_factory=list[Part])
-    vectors: list[Node] = field(default_factory=list[Node])
-    interior: list[Node] = field(default_factory=list[Node])
+    vectors: list[Vector] = field(default_factory=list[Vector])
+    interior: set[Node] = field(default_factory=set[Node])
     blocked: list[tuple[Node, str]] = field(default_factory=list[tuple[Node, str]])
+    function: GraphModule = field(default_factory=lambda: GraphModule({}, Graph()))
+    is_foreign: bool = False
 
     @property
     def has_activation(self) -> bool:
         """A neuron-wise node that is not linear, or a product of two values that depend on projections."""
-        seen = {*self.interior, *(part.node for part in self.parts)}
-        return any(_is_activation(node, seen) for node in self.interior)
+        fed = self._fed()
+        return any(_is_activation(node, fed) for node in fed if node.op == "call_function")
 
     @property
     def is_residual_stream(self) -> bool:
-        """A projection is added to something that no projection feeds, as where a norm reads `x + attention(x)`."""
-        fed = {part.node for part in self.parts}
-        between = sorted({*self.interior, *(node for node, _ in self.blocked)}, key=_position(self.down))
-        for node in between:
-            tensors = [arg for arg in node.all_input_nodes if arg not in self.vectors]
-            if op_name(node) in ("add", "sub") and 0 < sum(arg in fed for arg in tensors) < len(tensors):
+        """A projection is added to something that no projection feeds, or one projection feeds another."""
+        fed = self._fed()
+        for node in fed:
+            sums = op_name(node) in ("add", "add_", "sub")
+            if sums and any(FOREIGN in argument.meta for argument in node.all_input_nodes if argument not in fed):
                 return True
-            fed |= {node} if any(arg in fed for arg in tensors) else set()
-        return False
+        nodes = {part.layer.node for part in self.parts}
+        return len(nodes) > 1 and any(_depends_on(part.layer.x, nodes) for part in self.parts)
+
+    def _fed(self) -> set[Node]:
+        """The nodes of the function that depend on a projection."""
+        fed = set(self.function.graph.find_nodes(op="placeholder")[: len(self.parts)])
+        for node in self.function.graph.nodes:
+            if any(argument in fed for argument in node.all_input_nodes):
+                fed.add(node)
+        return fed
 
 
-def find_region(down: Node) -> Region:
-    """Collect the region above `down`. Nodes come in the order of the graph."""
-    region = Region(down)
-    width = last_size(as_node(down.args[0])) or 0
-    stack, seen = [as_node(down.args[0])], set[Node]()
+def _is_activation(node: Node, fed: set[Node]) -> bool:
+    if op_name(node) in ("mul", "mul_") and sum(argument in fed for argument in node.args) == 2:
+        return True
+    return not is_linear_op(node)
+
+
+def _depends_on(node: Node, sources: set[Node]) -> bool:
+    """Something in `sources` was needed to compute `node`."""
+    return any(ancestor in sources for ancestor in _ancestors(node, first=min(sources)))
+
+
+def _ancestors(node: Node, first: Node) -> Iterator[Node]:
+    """`node` and what it is computed from, but nothing that stands before `first` in the graph."""
+    stack, seen = [node], set[Node]()
     while stack:
-        node = stack.pop()
-        if node in seen:
+        current = stack.pop()
+        if current in seen or current < first:
             continue
-        seen.add(node)
-        stack.extend(_visit(region, node, width))
-    position = _position(down)
-    region.interior.sort(key=position)
-    region.vectors.sort(key=position)
-    region.parts.sort(key=lambda part: (position(part.linear), part.start))
-    return region
-
-
-def _position(node: Node) -> Callable[[Node], int]:
-    """The order of the graph, as a sort key."""
-    return {other: i for i, other in enumerate(node.graph.nodes)}.__getitem__
-
-
-def _visit(region: Region, node: Node, width: int) -> list[Node]:
-    """File the node; return the nodes to visit next."""
-    part = _as_part(node)
-    if part is not None:
-        region.parts.append(part)
-        return []
-    if node.op == "get_attr":
-        _file_constant(region, node, width)
-        return []
-    if is_neuron_wise(node):
-        region.interior.append(node)
-        return node.all_input_nodes[:1] if is_view(node) else node.all_input_nodes
-    region.blocked.append((node, _why_blocked(node)))
-    # Look behind a norm, reduction or convolution of the same width, to tell a refused FFN from something else.
-    return [arg for arg in node.all_input_nodes[:1] if last_size(arg) == width == last_size(node)]
-
-
-def _file_constant(region: Region, node: Node, width: int) -> None:
-    value = fake_tensor(node)
-    if value is not None and (value.numel() == 1 or value.numel() == width == last_size(node)):
-        region.vectors.append(node)
-        return
-    region.blocked.append((node, f"`{node.target}`, no per-neuron vector, is mixed in between the projections"))
-
-
-def is_neuron_wise(node: Node) -> bool:
-    """Every output element depends only on the same neuron of the inputs."""
-    if node.op != "call_function" or fake_tensor(node) is None:
-        return False
-    if any(fake_tensor(arg) is None for arg in node.all_input_nodes):
-        return is_view(node)  # sizes as arguments: fine in a view, not in arithmetic
-    if node.target in _TRANSPARENT or is_view(node):
-        return True
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-
-
-def _as_part(node: Node) -> Part | None:
-    if is_linear(node):
-        return Part(node, node, 0, last_size(node) or 0)
-    if node.target is operator.getitem and as_node(node.args[0]).target in _CHUNKS:
-        return _as_chunk(node)
-    if node.target is aten.slice.Tensor and is_linear(node.args[0]):
-        return _as_slice(node)
-    return None
-
-
-def _as_chunk(node: Node) -> Part | None:
-    """`chunk(linear, ..)[index]` on the last dimension."""
-    chunks, index = as_node(node.args[0]), cast("int", node.args[1])
-    linear = as_node(chunks.args[0])
-    dim = chunks.args[2] if len(chunks.args) > 2 else chunks.kwargs.get("dim", 0)
-    if not is_linear(linear) or not _is_last(dim, linear):
-        return None
-    widths = [int(chunk.shape[-1]) for chunk in chunks.meta["val"]]
-    start = sum(widths[:index])
-    return Part(node, linear, start, start + widths[index])
-
-
-def _as_slice(node: Node) -> Part | None:
-    """`linear[..., start:stop]`."""
-    linear = as_node(node.args[0])
-    dim, start, stop, step = cast("tuple[Any, ...]", (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]))
-    if not _is_last(dim, linear) or step != 1:
-        return None
-    start, stop, _ = slice(start, stop).indices(last_size(linear) or 0)
-    return Part(node, linear, start, stop)
-
-
-def is_linear(node: object) -> bool:
-    """A linear layer, whatever its weight is."""
-    return isinstance(node, Node) and node.target is aten.linear.default
-
-
-def _is_last(dim: object, node: Node) -> bool:
-    value = fake_tensor(node)
-    return value is not None and dim in (-1, value.dim() - 1)
-
-
-def _is_activation(node: Node, seen: set[Node]) -> bool:
-    if op_name(node) in ("mul", "mul_") and sum(isinstance(arg, Node) and arg in seen for arg in node.args) == 2:
-        return True
-    return op_name(node) not in _LINEAR and not is_view(node)
-
-
-def _why_blocked(node: Node) -> str:
-    if node.op == "placeholder":
-        return f"the input `{node.name}` is mixed in between the projections"
-    return f"`{op_name(node)}` stands between the projections and is not neuron-wise, so neurons cannot be divided"
+        seen.add(current)
+        stack.extend(current.all_input_nodes)
+        yield current

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import Argument
@@ -20,6 +23,16 @@ def as_node(argument: Argument) -> Node:
     return argument
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an aten call by the names of its schema, defaults filled in."""
+    schema = node.target._schema if isinstance(node.target, OpOverload) else None  # pyright: ignore[reportPrivateUsage]
+    if schema is None:
+        raise TypeError(f"`{node.name}` calls {node.target}, which is no aten op")
+    given = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    return {**defaults, **given, **node.kwargs}
+
+
 def fake_tensor(node: Node) -> Tensor | None:
     """The fake tensor that export recorded for the node; None for sizes, tuples and nodes without a record."""
     value = node.meta.get("val")
@@ -28,8 +41,28 @@ def fake_tensor(node: Node) -> Tensor | None:
 
 def last_size(node: Node) -> int | None:
     """The last size of the node's tensor, where it is a fixed number."""
+    return size_at(node, -1)
+
+
+def size_at(node: Node, axis: int) -> int | None:
+    """The size of the node's tensor along `axis` (negative: from the end), where it is a fixed number."""
     value = fake_tensor(node)
-    return fixed_size(value.shape[-1]) if value is not None and value.dim() > 0 else None
+    if value is None or not -value.dim() <= axis < value.dim():
+        return None
+    return fixed_size(value.shape[axis])
+
+
+def sizes_of(node: Node) -> list[int | str]:
+    """The sizes of the node's tensor; those that may change as text, as arithmetic on them would fix them."""
+    value = fake_tensor(node)
+    if value is None:
+        raise TypeError(f"`{node.name}` holds no tensor")
+    return shape_of(value)
+
+
+def shape_of(value: Tensor) -> list[int | str]:
+    """The sizes of a fake tensor, as `sizes_of` gives them."""
+    return [int(size) if is_concrete_int(size) else str(size) for size in value.shape]
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
@@ -40,3 +73,8 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
 def op_name(node: Node) -> str:
     """`add` for `aten.add.Tensor`."""
     return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", node.target))
+
+
+def is_in_place(node: Node) -> bool:
+    """The op writes to its first argument, as `relu_` does."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable  # pyright: ignore[reportPrivateUsage]

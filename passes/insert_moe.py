@@ -1,6 +1,6 @@
 """Put experts in the place of one FFN. The only file that edits a graph to insert experts.
 
-    flat = reshape(x, [-1, D])                                           # [T, D]
+    flat = reshape(x, [-1, D])                                           # [T, D], features moved last before
     routing_weights, expert_ids = router(flat)                           # [T, K] each
     rows, order, offsets = dispatch(flat, expert_ids, R)                 # [T*K, D]
     hidden = activation(expert_linear(rows, up_proj, ..), ..)            # [T*K, m], the model's own nodes, copied
@@ -9,6 +9,7 @@
     y = y + shared_down(activation(shared_up(flat), ..))                 # where there are shared experts
     y = reshape(y + bias, leading dimensions of x)
 
+Sites that share their weights call the same experts and router.
 Parameters: `<ffn>.experts.{up_proj, gate_proj, down_proj, *_bias, bias}`, `<ffn>.shared.*`, `<ffn>.router.*`.
 T tokens, K slots, R routed experts, m neurons of an expert.
 """
@@ -16,6 +17,7 @@ T tokens, K slots, R routed experts, m neurons of an expert.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +26,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from sparsify.errors import PassError
 from sparsify.passes.base import Pass, PassResult
-from sparsify.passes.graph_values import as_node, fixed_size
-from sparsify.passes.match_ffn import FFNMatch
+from sparsify.passes.graph_values import fixed_size
+from sparsify.passes.match_ffn import FFNMatch, Site
 from sparsify.passes.split.experts import Experts
 from sparsify.routers import Router
 
@@ -35,41 +37,54 @@ moe = torch.ops.sparsify  # registered by sparsify.ops, which split.experts impo
 
 @dataclass(frozen=True)
 class InsertMoEPass(Pass):
-    """Replace the FFN of `match` by `experts` behind `router`, in place. Weights take the dtype of the model."""
+    """Replace the FFN of `match` by `experts` behind `router`, in place, at every site.
+
+    `dtypes` are those of the model's own weights, by role.
+    """
 
     match: FFNMatch
     experts: Experts
     router: Router
-    weight_dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
     requires_grad: bool
 
     def requires(self, graph_module: GraphModule) -> None:
         """The nodes of the match must be there."""
-        missing = {self.match.x, self.match.down} - {node.name for node in graph_module.graph.nodes}
+        wanted = {name for site in self.match.sites for name in (site.x, site.down)}
+        missing = wanted - {node.name for node in graph_module.graph.nodes}
         if missing:
             raise PassError(f"the match {self.match.name} is not of this graph: it has no node {sorted(missing)}")
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """See the module."""
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        down, read_before = nodes[self.match.down], _read_tensors(graph_module)
-        self._register(graph_module)
-        with graph_module.graph.inserting_before(down):
-            output = self._build(graph_module, nodes[self.match.x], down)
-        output.meta.update(down.meta)
-        down.replace_all_uses_with(output)
-        _erase(graph_module, down, {nodes[projection.node] for projection in self.match.projections})
+        read_before = _read_tensors(graph_module)
+        self._register(graph_module, [nodes[vector.node] for vector in self.match.vectors])
+        for site in self.match.sites:
+            down = nodes[site.down]
+            with graph_module.graph.inserting_before(down):
+                output = self._build(graph_module, nodes[site.x], down, site)
+            output.meta.update(down.meta)
+            down.replace_all_uses_with(output)
+            nodes[site.down] = output
+            for node in (nodes[name] for name in site.interior):
+                _reroute_sizes(graph_module.graph, node)
+            graph_module.graph.erase_node(down)
+            output.name = site.down  # what other matches read keeps its name
+        graph_module.graph.eliminate_dead_code()
+        _erase_in_place(graph_module.graph, [nodes[name] for site in self.match.sites for name in site.interior])
         _forget(graph_module, read_before)
         return PassResult(graph_module, modified=True)
 
-    def _register(self, graph_module: GraphModule) -> None:
+    def _register(self, graph_module: GraphModule, vectors: list[Node]) -> None:
         name, experts = self.match.name, self.experts
         tensors: dict[str, Tensor | None] = {"down_proj": experts.down, "down_proj_bias": experts.expert_bias}
         for role, weight, bias in zip(experts.roles, experts.projections, experts.projection_biases, strict=True):
             tensors |= {role: weight, f"{role}_bias": bias}
         tensors |= {f"vector_{i}": vector for i, vector in enumerate(experts.vectors)}
         tensors["bias"] = experts.bias
-        graph_module.add_submodule(f"{name}.experts", self._holder(tensors))
+        vector_dtypes = {f"vector_{i}": node.meta["val"].dtype for i, node in enumerate(vectors)}
+        graph_module.add_submodule(f"{name}.experts", self._holder(tensors, vector_dtypes))
         graph_module.add_submodule(f"{name}.router", self.router)
         if experts.shared is None:
             return
@@ -77,21 +92,24 @@ class InsertMoEPass(Pass):
         shared: dict[str, Tensor | None] = {linear.role: linear.weight for linear in linears}
         shared |= {f"{linear.role}_bias": linear.bias for linear in linears}
         shared |= {f"vector_{i}": vector for i, vector in enumerate(experts.shared.vectors)}
-        graph_module.add_submodule(f"{name}.shared", self._holder(shared))
+        graph_module.add_submodule(f"{name}.shared", self._holder(shared, vector_dtypes))
 
-    def _holder(self, tensors: dict[str, Tensor | None]) -> nn.Module:
+    def _holder(self, tensors: dict[str, Tensor | None], vector_dtypes: dict[str, torch.dtype]) -> nn.Module:
+        dtypes = {**self.dtypes, **vector_dtypes}
         holder = nn.Module()
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            value = tensor.to(self.weight_dtype).contiguous()
-            holder.register_parameter(name, nn.Parameter(value, requires_grad=self.requires_grad))
+            dtype = dtypes.get(name.removesuffix("_bias"), self.dtypes["down_proj"])
+            requires_grad = self.requires_grad and dtype.is_floating_point
+            holder.register_parameter(name, nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=requires_grad))
         return holder
 
-    def _build(self, graph_module: GraphModule, x: Node, down: Node) -> Node:
+    def _build(self, graph_module: GraphModule, x: Node, down: Node, site: Site) -> Node:
         graph, name = graph_module.graph, self.match.name
         call = graph.call_function
-        flat = call(aten.reshape.default, (x, [-1, self.match.hidden_size]))
+        tokens = x if site.x_axis == -1 else call(aten.movedim.int, (x, site.x_axis, -1))
+        flat = call(aten.reshape.default, (tokens, [-1, self.match.hidden_size]))
         routed = graph.call_module(f"{name}.router", (flat,))
         routing_weights, expert_ids = call(operator.getitem, (routed, 0)), call(operator.getitem, (routed, 1))
         dispatched = call(moe.dispatch.default, (flat, expert_ids, self.experts.num_routed))
@@ -110,7 +128,8 @@ class InsertMoEPass(Pass):
             y = call(aten.add.Tensor, (y, self._shared(graph_module, flat)))
         bias = parameters.get("bias")
         y = y if bias is None else call(aten.add.Tensor, (y, bias))
-        return call(aten.reshape.default, (y, _output_shape(graph, x, down)))
+        y = call(aten.reshape.default, (y, _output_shape(graph, x, down, site)))
+        return y if site.down_axis == -1 else call(aten.movedim.int, (y, -1, site.down_axis))
 
     def _row_vectors(self, graph: Graph, parameters: _Parameters, expert_ids: Node, order: Node) -> list[Node]:
         """The per-neuron vectors of each row's expert: `[T*K, m]`; single numbers stay as they are."""
@@ -137,7 +156,7 @@ class InsertMoEPass(Pass):
         return graph.call_function(aten.linear.default, (hidden, parameters["down_proj"], None))
 
     def _activate(self, graph: Graph, inputs: list[Node]) -> Node:
-        source = self.experts.activation.graph
+        source = self.match.function.graph
         copied = dict(zip(source.find_nodes(op="placeholder"), inputs, strict=True))
         result = graph.graph_copy(source, copied)
         if not isinstance(result, Node):
@@ -159,44 +178,30 @@ class _Parameters:
         return self[name] if hasattr(self._module, name) else None
 
 
-def _output_shape(graph: Graph, x: Node, down: Node) -> list[Node | int]:
-    """The shape of down_proj's output, its dynamic sizes read from `x`; at most one may be left to reshape as -1."""
-    sizes = x.meta["val"].shape[:-1]
+def _output_shape(graph: Graph, x: Node, down: Node, site: Site) -> list[Node | int]:
+    """The shape of the output with its features last; dynamic sizes are read from `x`, and one may be left as -1."""
+    known = {str(size): dim for dim, size in enumerate(x.meta["val"].shape) if dim - x.meta["val"].dim() != site.x_axis}
+    value = down.meta["val"]
     shape: list[Node | int] = []
-    for size in down.meta["val"].shape:
+    for size in value.movedim(site.down_axis, -1).shape:
         fixed = fixed_size(size)
         if fixed is not None:
             shape.append(fixed)
             continue
-        dim = next((i for i, other in enumerate(sizes) if str(other) == str(size)), None)
+        dim = known.get(str(size))
         shape.append(-1 if dim is None else graph.call_function(aten.sym_size.int, (x, dim)))
     if shape.count(-1) > 1:
-        raise PassError(f"the sizes {list(down.meta['val'].shape)} of `{down.name}` do not follow from `{x.name}`")
+        raise PassError(f"the sizes {list(value.shape)} of `{down.name}` do not follow from `{x.name}`")
     return shape
 
 
-def _erase(graph_module: GraphModule, down: Node, projections: set[Node]) -> None:
-    """Erase the FFN. Sizes that others read off its intermediate values are read off an equal dimension elsewhere."""
-    graph = graph_module.graph
-    for node in _between(down, projections):
-        for reader in [user for user in node.users if user.target is aten.sym_size.int]:
-            _reroute_size(graph, reader)
-    graph.eliminate_dead_code()
-
-
-def _between(down: Node, projections: set[Node]) -> list[Node]:
-    """Every node from the projections to `down`."""
-    stack, seen = [as_node(down.args[0])], set[Node]()
-    while stack:
-        node = stack.pop()
-        if node not in seen and node.op == "call_function":
-            seen.add(node)
-            stack += [] if node in projections else node.all_input_nodes
-    return list(seen)
+def _reroute_sizes(graph: Graph, node: Node) -> None:
+    """Sizes that others read off an intermediate value are read off an input of the graph that has an equal one."""
+    for reader in [user for user in node.users if user.target is aten.sym_size.int]:
+        _reroute_size(graph, reader)
 
 
 def _reroute_size(graph: Graph, reader: Node) -> None:
-    """Replace `sym_size(inner, dim)` by the size of an input of the graph, or of an earlier node, that is equal."""
     wanted = str(reader.meta["val"])
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
@@ -205,6 +210,14 @@ def _reroute_size(graph: Graph, reader: Node) -> None:
             reader.args = (node, dims[0])
             return
     raise PassError(f"`{reader.name}` reads a size of the intermediate values that no input of the model has")
+
+
+def _erase_in_place(graph: Graph, interior: list[Node]) -> None:
+    """What writes in place is never dead to fx, and holds what it reads."""
+    left = set(graph.nodes)
+    for node in reversed(interior):
+        if node in left:
+            graph.erase_node(node)
 
 
 def _forget(graph_module: GraphModule, read_before: set[str]) -> None:

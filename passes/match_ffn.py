@@ -8,41 +8,71 @@ Expects the graph after `normalize_linear`. T tokens, D hidden_size, F intermedi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
 from torch.fx import GraphModule, Node
 
-from sparsify.passes.activation import extract_activation, is_view, name_activation
-from sparsify.passes.ffn_region import Part, Region, find_region
-from sparsify.passes.graph_values import as_node, fake_tensor, last_size
-
-aten = torch.ops.aten
+from sparsify.passes.activation import name_activation
+from sparsify.passes.constants import describe_constant, weight_source
+from sparsify.passes.ffn_faults import find_fault
+from sparsify.passes.ffn_region import Part, Region
+from sparsify.passes.graph_values import size_at
+from sparsify.passes.linear_layer import LinearLayer, grouped_axis, read_linear
+from sparsify.passes.walk_back import find_region
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer from D to F: rows `start:stop` of a weight, or columns where the weight is stored `[in, out]`.
+    """A linear layer of an FFN, or the rows of one that the FFN reads.
 
     Attributes:
-        role: "up_proj" or "gate_proj" (a third and later one: "proj_2", ...).
-        node: the node that holds its output.
+        role: "up_proj", "gate_proj" or "down_proj" (a third and later projection: "proj_2", ...).
         weight: path of the parameter.
         bias: path of the bias, or None.
-        transposed: the parameter is stored `[in, out]`.
-        start: first row.
-        stop: row after the last.
+        rows: the row of the weight that each neuron reads; all rows of down_proj.
     """
 
     role: str
-    node: str
     weight: str
     bias: str | None
-    transposed: bool
-    start: int
-    stop: int
+    rows: range | tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class NeuronVector:
+    """A constant of the activation.
+
+    Attributes:
+        node: holds it.
+        dims: its dimensions that count neurons, counted from the end; () for a single number.
+        index: the place of each neuron in these dimensions, flattened.
+    """
+
+    node: str
+    dims: tuple[int, ...]
+    index: range | tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the graph where the FFN is called; all nodes by name.
+
+    Attributes:
+        x: holds the input.
+        x_axis: of its features, counted from the end: -1, or that of the channels of a convolution.
+        projections: the linear layers, in the order of `FFNMatch.projections`.
+        down: down_proj.
+        down_axis: of the features of the output.
+        interior: every node that vanishes with the FFN, projections included.
+    """
+
+    x: str
+    x_axis: int
+    projections: tuple[str, ...]
+    down: str
+    down_axis: int
+    interior: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,13 +86,12 @@ class FFNMatch:
         hidden_size: D, features of the input.
         intermediate_size: F, neurons.
         out_features: features of the output, D in a block.
-        flops_per_token: of the linear layers, 2 per multiply-add.
-        x: node of the input `[..., D]`.
+        flops_per_token: of the linear layers, at one site, 2 per multiply-add.
+        sites: where it is called; several where sites share all weights.
         projections: one, or two if gated.
-        down: node of down_proj.
-        down_proj: the weight of down_proj; its rows are the output features.
-        interior: neuron-wise nodes, in graph order.
-        vectors: nodes of the per-neuron vectors that `interior` reads.
+        down_proj: the last layer.
+        vectors: per-neuron vectors and single numbers that the activation reads.
+        function: from projections and vectors to the input of down_proj.
     """
 
     name: str
@@ -72,19 +101,17 @@ class FFNMatch:
     intermediate_size: int
     out_features: int
     flops_per_token: int
-    x: str = field(repr=False)
+    sites: tuple[Site, ...] = field(repr=False)
     projections: tuple[Projection, ...] = field(repr=False)
-    down: str = field(repr=False)
     down_proj: Projection = field(repr=False)
-    interior: tuple[str, ...] = field(repr=False)
-    vectors: tuple[str, ...] = field(repr=False)
+    vectors: tuple[NeuronVector, ...] = field(repr=False)
+    function: GraphModule = field(repr=False, compare=False)
 
     @property
     def num_parameters(self) -> int:
         """Weights and biases of the FFN, per-neuron vectors left out."""
         biased = [p for p in (*self.projections, self.down_proj) if p.bias is not None]
-        widths = sum(p.stop - p.start for p in biased)
-        return self.flops_per_token // 2 + widths
+        return self.flops_per_token // 2 + sum(len(p.rows) for p in biased)
 
 
 @dataclass(frozen=True)
@@ -106,86 +133,72 @@ def match_ffn(graph_module: GraphModule) -> tuple[list[FFNMatch], list[Rejection
         graph_module: a captured model after `NormalizeLinearPass`.
 
     Returns:
-        The legal FFNs and the refused near misses, each in graph order. No two matches share a node or a weight.
+        The legal FFNs and the refused near misses, each in graph order. Sites that share all weights are one match. No
+        two matches share a node.
     """
-    matches: list[FFNMatch] = []
+    matches: dict[object, FFNMatch] = {}
     rejections: list[Rejection] = []
-    for down in graph_module.graph.find_nodes(op="call_function", target=aten.linear.default):
-        found = _match_one(graph_module, down, matches)
-        if isinstance(found, FFNMatch):
-            matches.append(found)
-        if isinstance(found, Rejection):
-            rejections.append(found)
-    return matches, rejections
+    taken: dict[Node, str] = {}
+    for node in graph_module.graph.nodes:
+        region = _resembling(node)
+        if region is None:
+            continue
+        place = _place(region)
+        fault = find_fault(region, taken)
+        if fault is not None:
+            rejections.append(Rejection(place or "model", fault[1], fault[0].name))
+            continue
+        key = _identity(region)
+        name = (
+            matches[key].name
+            if key in matches
+            else _unique_name(graph_module, place, {match.name for match in matches.values()})
+        )
+        matches[key] = _with_site(matches.get(key), name, region)
+        taken |= dict.fromkeys((*region.interior, region.down.node), name)
+    return list(matches.values()), rejections
 
 
-def _match_one(graph_module: GraphModule, down: Node, earlier: list[FFNMatch]) -> FFNMatch | Rejection | None:
-    """A match, a near miss, or None where nothing resembles an FFN."""
-    region = find_region(down)
-    if not region.parts or not region.has_activation or region.is_residual_stream:
+def _resembling(down: Node) -> Region | None:
+    """The region of something that is an FFN, or nearly; None where nothing resembles one."""
+    layer = read_linear(down)
+    axis = grouped_axis(down) if layer is None else None
+    if axis is not None:
+        layer = LinearLayer(down, down.all_input_nodes[0], down.all_input_nodes[-1], None, axis)
+    if layer is None:
         return None
-    inputs = {as_node(part.linear.args[0]) for part in region.parts}
-    if region.blocked and len(inputs) > 1:
+    region = find_region(layer)
+    if not region.parts or region.is_foreign or not region.has_activation or region.is_residual_stream:
         return None
-    place = _place(region)
-    for node, reason in (*region.blocked, *_faults(region), *_conflicts(region, earlier)):
-        return Rejection(place or "model", reason, node.name)
-    return _build(_unique_name(graph_module, place, {match.name for match in earlier}), region)
+    inputs = {part.layer.x for part in region.parts}
+    return None if region.blocked and len(inputs) > 1 else region
 
 
-def _faults(region: Region) -> Iterator[tuple[Node, str]]:
-    """Reasons that lie in the region itself."""
-    x = region.parts[0].linear.args[0]
-    width = last_size(as_node(region.down.args[0]))
-    for part in region.parts:
-        if part.linear.args[0] is not x:
-            yield part.linear, "its projections read different inputs"
-        if part.stop - part.start != width:
-            yield part.linear, f"projects to {part.stop - part.start} neurons, but down_proj reads {width}"
-    for linear in (*(part.linear for part in region.parts), region.down):
-        if _weight_of(linear) is None:
-            yield linear, "its weight is computed in the graph (quantised, LoRA or tied by arithmetic), not a parameter"
-    for node in region.interior:
-        if not is_view(node) and any(_tokens(arg) not in ("", _tokens(node)) for arg in node.all_input_nodes):
-            yield node, f"`{node.name}` broadcasts over tokens, so a token is not processed by itself"
-    inside = _inside(region)
-    for node in inside - {region.down}:
-        for reader in node.users:
-            if reader not in inside and reader.target is not aten.sym_size.int:
-                yield reader, f"`{reader.name}` also reads the intermediate values, so neurons cannot be divided"
+def _identity(region: Region) -> object:
+    """Equal for sites that compute the same function with the same weights."""
+    layers = [part.layer for part in region.parts] + [region.down]
+    constants = [node for layer in layers for node in (layer.weight, layer.bias) if node is not None]
+    constants += [vector.node for vector in region.vectors]
+    rows = tuple(part.rows for part in region.parts)
+    places = tuple((vector.dims, vector.index) for vector in region.vectors)
+    return tuple(map(describe_constant, constants)), rows, places, str(region.function.code)
 
 
-def _tokens(node: Node) -> str:
-    """The leading dimensions of a value, "" where they are all one, as in a per-neuron vector."""
-    value = fake_tensor(node)
-    sizes = [str(size) for size in value.shape[:-1]] if value is not None else []
-    return ",".join(sizes) if set(sizes) - {"1"} else ""
-
-
-def _conflicts(region: Region, earlier: list[FFNMatch]) -> Iterator[tuple[Node, str]]:
-    """Reasons that lie in FFNs that were matched before."""
-    weights = {_weight_of(linear) for linear in (*(part.linear for part in region.parts), region.down)}
-    nodes = {*(part.node.name for part in region.parts), region.down.name}
-    for match in earlier:
-        if nodes & {match.down, *(projection.node for projection in match.projections)}:
-            yield region.down, f"a linear layer of it belongs to the FFN {match.name}"
-        if weights & {projection.weight for projection in (*match.projections, match.down_proj)}:
-            yield region.down, f"it shares its weights with the FFN {match.name}"
-
-
-def _inside(region: Region) -> set[Node]:
-    """All nodes that vanish with the FFN, the chunks of a fused projection included."""
-    parts = {node for part in region.parts for node in (part.node, part.linear)}
-    chunks = {as_node(part.node.args[0]) for part in region.parts if part.node is not part.linear}
-    return {*parts, *chunks, *region.interior, region.down}
-
-
-def _build(name: str, region: Region) -> FFNMatch:
-    inputs = [part.node for part in region.parts] + region.vectors
-    hidden, x = as_node(region.down.args[0]), as_node(region.parts[0].linear.args[0])
-    activation = extract_activation(inputs, region.interior, hidden)
-    named = name_activation(activation, len(region.parts), len(region.vectors))
-    hidden_size, width, out_features = (last_size(node) or 0 for node in (x, hidden, region.down))
+def _with_site(match: FFNMatch | None, name: str, region: Region) -> FFNMatch:
+    site = Site(
+        x=region.parts[0].layer.x.name,
+        x_axis=region.parts[0].layer.axis,
+        projections=tuple(part.layer.node.name for part in region.parts),
+        down=region.down.node.name,
+        down_axis=region.down.axis,
+        interior=tuple(node.name for node in sorted(region.interior)),
+    )
+    if match is not None:
+        return replace(match, sites=(*match.sites, site))
+    named = name_activation(region.function, len(region.parts), len(region.vectors))
+    first, width = region.parts[0], len(region.parts[0].rows)
+    hidden_size = size_at(first.layer.x, first.layer.axis) or 0
+    out_features = region.down.out_features
     return FFNMatch(
         name=name,
         kind="plain" if len(region.parts) == 1 else "gated",
@@ -194,12 +207,11 @@ def _build(name: str, region: Region) -> FFNMatch:
         intermediate_size=width,
         out_features=out_features,
         flops_per_token=2 * width * (len(region.parts) * hidden_size + out_features),
-        x=x.name,
+        sites=(site,),
         projections=tuple(_projection(part, _role(i, named.gate)) for i, part in enumerate(region.parts)),
-        down=region.down.name,
-        down_proj=_projection(Part(region.down, region.down, 0, out_features), "down_proj"),
-        interior=tuple(node.name for node in region.interior),
-        vectors=tuple(node.name for node in region.vectors),
+        down_proj=_projection(Part(region.down, tuple(range(out_features))), "down_proj"),
+        vectors=tuple(NeuronVector(v.node.name, v.dims, _compact(v.index)) for v in region.vectors),
+        function=region.function,
     )
 
 
@@ -212,28 +224,29 @@ def _role(index: int, gate: int | None) -> str:
 
 
 def _projection(part: Part, role: str) -> Projection:
-    weight, bias = as_node(part.linear.args[1]), part.linear.args[2] if len(part.linear.args) > 2 else None
-    path = _weight_of(part.linear)
-    if path is None:
-        raise ValueError(f"`{part.linear.name}` has no parameter as its weight")
-    bias_path = None if bias is None else str(as_node(bias).target)
-    return Projection(role, part.node.name, path, bias_path, weight.op != "get_attr", part.start, part.stop)
+    bias = part.layer.bias
+    return Projection(role, _path(part.layer.weight), None if bias is None else _path(bias), _compact(part.rows))
 
 
-def _weight_of(linear: Node) -> str | None:
-    """Path of the weight parameter; None if weight or bias are not plain parameters."""
-    weight, bias = as_node(linear.args[1]), linear.args[2] if len(linear.args) > 2 else None
-    if bias is not None and as_node(bias).op != "get_attr":
-        return None
-    stored = as_node(weight.args[0]) if weight.target is aten.t.default else weight
-    return str(stored.target) if stored.op == "get_attr" else None
+def _path(weight: Node) -> str:
+    source = weight_source(weight)
+    return "" if source is None else str(source.target)
+
+
+def _compact(index: tuple[int, ...]) -> range | tuple[int, ...]:
+    """A range where the numbers are evenly spaced."""
+    step = index[1] - index[0] if len(index) > 1 else 1
+    if not index or step == 0:
+        return index
+    spaced = range(index[0], index[0] + step * len(index), step)
+    return spaced if tuple(spaced) == index else index
 
 
 def _place(region: Region) -> str:
     """The innermost module that holds all weights, by their paths; the nodes' modules where a weight has no path."""
-    paths = [_weight_of(linear) or _module_of(linear) for linear in (*(p.linear for p in region.parts), region.down)]
-    parents = [path.rpartition(".")[0].split(".") for path in paths]
-    return ".".join(os.path.commonprefix(parents))
+    layers = [part.layer for part in region.parts] + [region.down]
+    paths = [_path(layer.weight) or _module_of(layer.node) for layer in layers]
+    return ".".join(os.path.commonprefix([path.rpartition(".")[0].split(".") for path in paths]))
 
 
 def _module_of(node: Node) -> str:

@@ -1,14 +1,19 @@
-"""Matches + config -> ConversionPlan: which FFNs become experts and how many, and why the others stay dense."""
+"""Matches + config -> ConversionPlan: which FFNs become experts and how many, and why the others stay dense.
+
+A plan is plain data: print it, write it to JSON, edit it, and give it back to `sparsify(plan=...)`.
+"""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from sparsify.config import SparsifyConfig
+from sparsify.config import SparsifyConfig, check_counts
 from sparsify.errors import SelectionError
 from sparsify.passes.match_ffn import FFNMatch
+from sparsify.passes.select_ffns import require_match, select_ffns, selects_what_pays
 
 # Below this many neurons an expert's matrix products are too small to be worth their dispatch.
 _MIN_EXPERT_SIZE = 32
@@ -16,7 +21,15 @@ _MIN_EXPERT_SIZE = 32
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one FFN: `num_experts = 0` leaves it dense."""
+    """What becomes of one FFN, and why.
+
+    Attributes:
+        name: of the FFN.
+        reason: why it is converted or not.
+        num_experts: shared experts included. 0 leaves the FFN dense.
+        top_k: experts that run for a token, shared ones included.
+        num_shared_experts: experts that run for every token.
+    """
 
     name: str
     reason: str
@@ -24,45 +37,144 @@ class LayerPlan:
     top_k: int = 0
     num_shared_experts: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that do not fit together.
+
+        Raises:
+            ValueError: names the FFN, what was given and what is allowed.
+        """
+        if self.num_experts == 0:
+            return
+        try:
+            check_counts(self.num_experts, self.top_k, self.num_shared_experts)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
     @property
     def converts(self) -> bool:
         """The FFN becomes experts."""
         return self.num_experts > 0
 
+    def configure(self, config: SparsifyConfig) -> SparsifyConfig:
+        """`config` with the numbers of this FFN."""
+        return replace(
+            config,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            num_shared_experts=self.num_shared_experts,
+            overrides=(),
+        )
+
+    def __str__(self) -> str:
+        if not self.converts:
+            return f"{self.name}: dense, {self.reason}"
+        shared = f", {self.num_shared_experts} shared" if self.num_shared_experts else ""
+        return f"{self.name}: {self.top_k} of {self.num_experts} experts{shared}, {self.reason}"
+
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """One `LayerPlan` per match, in graph order."""
+    """One `LayerPlan` per FFN, in graph order."""
 
     layers: tuple[LayerPlan, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, for `json.dump`."""
+        return {"layers": [asdict(layer) for layer in self.layers]}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> ConversionPlan:
+        """Read what `to_json` wrote, edited or not.
+
+        Raises:
+            ValueError: a field is missing, unknown or not valid.
+        """
+        try:
+            return cls(tuple(LayerPlan(**layer) for layer in document["layers"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no plan as ConversionPlan.to_json() gives it: {error!r}") from error
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.layers))
 
 
 def make_plan(matches: Sequence[FFNMatch], config: SparsifyConfig) -> ConversionPlan:
     """Decide for every FFN.
 
     Raises:
-        SelectionError: a pattern or predicate selects nothing, or an FFN that was selected by pattern, predicate or
-            "all" has too few neurons for the experts.
+        SelectionError: `select` takes nothing, a pattern of `select` or `overrides` matches no FFN, overrides do not
+            fit together, or an FFN selected by pattern, predicate or "all" has too few neurons for the experts.
     """
-    chosen = {match.name: _selects(config, match) for match in matches}
-    if config.select not in ("auto", "all") and matches and not any(chosen.values()):
-        names = ", ".join(match.name for match in matches)
-        raise SelectionError(f"select={config.select!r} matches none of the {len(matches)} FFNs: {names}")
-    return ConversionPlan(tuple(_plan_layer(match, config, chosen[match.name]) for match in matches))
-
-
-def _plan_layer(match: FFNMatch, config: SparsifyConfig, chosen: bool) -> LayerPlan:
-    if config.select == "auto":
-        objection = _objection(match, config)
-        return _dense(match, objection) if objection else _convert(match, config, "maps the hidden size to itself")
-    if not chosen:
-        return _dense(match, "not selected")
-    if not _fits(match, config):
-        raise SelectionError(
-            f"{match.name} has {match.intermediate_size} neurons, too few for num_experts={config.num_experts} with "
-            f"{config.shared} shared; at most {_most_experts(match, config)} work here"
+    configs = _layer_configs(matches, config)
+    objections = [_objection(match, own) for match, own in zip(matches, configs, strict=True)]
+    chosen = select_ffns(matches, config.select, [objection is None for objection in objections])
+    return ConversionPlan(
+        tuple(
+            _plan_layer(match, own, objection, match.name in chosen)
+            for match, own, objection in zip(matches, configs, objections, strict=True)
         )
-    return _convert(match, config, f"selected by {_say(config)}")
+    )
+
+
+def fit_plan(plan: ConversionPlan, matches: Sequence[FFNMatch], config: SparsifyConfig) -> ConversionPlan:
+    """Check that a plan that was given fits a model.
+
+    Args:
+        plan: in any order.
+        matches: every FFN of the model.
+        config: the options that a plan does not hold.
+
+    Returns:
+        The plan in the order of `matches`; the reasons say that it was given.
+
+    Raises:
+        SelectionError: the names are not those of the FFNs, or an FFN has too few neurons for its experts.
+    """
+    counts = Counter(layer.name for layer in plan.layers)
+    names = [match.name for match in matches]
+    faults = {
+        "does not name": [name for name in names if name not in counts],
+        "names, though the model has no such FFN,": [name for name in counts if name not in names],
+        "names more than once": [name for name, count in counts.items() if count > 1],
+    }
+    found = [f"{fault} {', '.join(wrong)}" for fault, wrong in faults.items() if wrong]
+    if found:
+        raise SelectionError(
+            f"the plan does not fit the model: it {'; it '.join(found)}. Make it with inspect(...).plan(...) and edit "
+            "the numbers; num_experts = 0 leaves an FFN dense"
+        )
+    layers = {layer.name: layer for layer in plan.layers}
+    return ConversionPlan(tuple(_fit_layer(layers[match.name], match, config) for match in matches))
+
+
+def _fit_layer(layer: LayerPlan, match: FFNMatch, config: SparsifyConfig) -> LayerPlan:
+    if layer.converts:
+        return _convert(match, layer.configure(config), "converted by plan=")
+    # An FFN that was switched off still carries the reason for which it was to be converted.
+    reason = "" if layer.top_k or not layer.reason else f": {layer.reason}"
+    return LayerPlan(match.name, f"left dense by plan={reason}")
+
+
+def _layer_configs(matches: Sequence[FFNMatch], config: SparsifyConfig) -> list[SparsifyConfig]:
+    for pattern, _ in config.layer_options if matches else ():
+        require_match(matches, pattern, "overrides")
+    return [_layer_config(match, config) for match in matches]
+
+
+def _layer_config(match: FFNMatch, config: SparsifyConfig) -> SparsifyConfig:
+    try:
+        return config.for_layer(match.name)
+    except ValueError as error:
+        raise SelectionError(f"the overrides of {match.name} do not fit together: {error}") from error
+
+
+def _plan_layer(match: FFNMatch, config: SparsifyConfig, objection: str | None, chosen: bool) -> LayerPlan:
+    if objection and selects_what_pays(config.select):
+        return LayerPlan(match.name, objection)
+    if not chosen:
+        return LayerPlan(match.name, f"{_say(config)} leaves it dense")
+    reason = "maps the hidden size to itself" if config.select == "auto" else f"selected by {_say(config)}"
+    return _convert(match, config, reason)
 
 
 def _objection(match: FFNMatch, config: SparsifyConfig) -> str | None:
@@ -96,25 +208,16 @@ def _most_experts(match: FFNMatch, config: SparsifyConfig) -> int:
     return next(count for count in counts if _fits_count(match.intermediate_size, count, min(config.shared, count - 1)))
 
 
-def _selects(config: SparsifyConfig, match: FFNMatch) -> bool:
-    select = config.select
-    if callable(select):
-        return bool(select(match))
-    if select in ("auto", "all"):
-        return True
-    patterns = (select,) if isinstance(select, str) else select
-    return any(fnmatch.fnmatchcase(match.name, pattern) for pattern in patterns)
-
-
 def _convert(match: FFNMatch, config: SparsifyConfig, reason: str) -> LayerPlan:
+    if not _fits(match, config):
+        raise SelectionError(
+            f"{match.name} has {match.intermediate_size} neurons, too few for num_experts={config.num_experts} with "
+            f"{config.shared} shared; at most {_most_experts(match, config)} work here"
+        )
     size = -(-match.intermediate_size // config.num_experts)
     padding = config.num_experts * size - match.intermediate_size
     reason += f"; experts of {size} neurons" + (f", {padding} of them padding" if padding else "")
     return LayerPlan(match.name, reason, config.num_experts, config.top_k, config.shared)
-
-
-def _dense(match: FFNMatch, reason: str) -> LayerPlan:
-    return LayerPlan(match.name, reason)
 
 
 def _say(config: SparsifyConfig) -> str:

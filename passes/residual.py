@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from sparsify.passes.activation import is_view
-from sparsify.passes.graph_values import as_node, fake_tensor, op_name
+from sparsify.passes.graph_values import as_node, fake_tensor, op_name, sizes_of
 
 _INERT = ("dropout", "clone", "contiguous", "alias", "detach")
 
@@ -19,7 +19,6 @@ def residual_terms(down: Node) -> tuple[Node, ...]:
     Returns:
         Nodes of the shape of the output, all computed before it; empty where the output goes elsewhere first.
     """
-    position = {node: i for i, node in enumerate(down.graph.nodes)}
     terms: list[Node] = []
     node = down
     while len(node.users) == 1:
@@ -29,10 +28,9 @@ def residual_terms(down: Node) -> tuple[Node, ...]:
         elif op_name(reader) not in _INERT and not (is_view(reader) and as_node(reader.args[0]) is node):
             break
         node = reader
-    return tuple(term for term in terms if position[term] < position[down])
+    return tuple(term for term in terms if term < down)
 
 
 def _same_shape(a: Node, b: Node) -> bool:
     """What is broadcast is no residual stream. Sizes are compared as text: arithmetic would fix the dynamic ones."""
-    shapes = [value.shape for value in (fake_tensor(a), fake_tensor(b)) if value is not None]
-    return len(shapes) == 2 and [str(size) for size in shapes[0]] == [str(size) for size in shapes[1]]
+    return fake_tensor(a) is not None and fake_tensor(b) is not None and sizes_of(a) == sizes_of(b)

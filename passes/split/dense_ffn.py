@@ -10,20 +10,26 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from sparsify.passes.activation import extract_activation
-from sparsify.passes.graph_values import as_node
-from sparsify.passes.match_ffn import FFNMatch, Projection
+from sparsify.errors import PassError
+from sparsify.passes.activation import in_precision
+from sparsify.passes.constants import constant_value
+from sparsify.passes.linear_layer import LinearLayer, read_linear
+from sparsify.passes.match_ffn import FFNMatch, NeuronVector
 
 
 @dataclass(frozen=True)
 class Linear:
-    """`x @ weight.T + bias`: weight `[out, in]`, bias `[out]` or None. `role` is its place in the FFN."""
+    """`x @ weight.T + bias`: weight `[out, in]`, bias `[out]` or None.
+
+    `role` is its place in the FFN, `dtype` that of the model's own weight.
+    """
 
     role: str
     weight: Tensor
     bias: Tensor | None
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
@@ -32,14 +38,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class DenseFFN:
-    """An FFN by itself.
+    """An FFN by itself. All tensors are fp32 (fp64 in an fp64 model).
 
     Attributes:
         projections: from D to F, in the order in which `activation` takes them.
         vectors: per-neuron vectors `[F]` (or single numbers `[]`) that `activation` takes after the projections.
         activation: neuron-wise module from projections and vectors to `[..., F]`.
         down: from F to the output features.
-        weight_dtype: dtype of the model's own weights; all tensors here are fp32 (fp64 in an fp64 model).
         requires_grad: the model's own weights do.
     """
 
@@ -47,8 +52,12 @@ class DenseFFN:
     vectors: tuple[Tensor, ...]
     activation: GraphModule
     down: Linear
-    weight_dtype: torch.dtype
     requires_grad: bool
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of the model's own weights, by role."""
+        return {linear.role: linear.dtype for linear in (*self.projections, self.down)}
 
     def hidden(self, x: Tensor) -> Tensor:
         """The activated neurons of `x` `[T, D]`: `[T, F]`."""
@@ -62,33 +71,46 @@ class DenseFFN:
 def read_ffn(graph_module: GraphModule, match: FFNMatch) -> DenseFFN:
     """Read the weights of a match, copied to fp32 where they are narrower."""
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    inputs = [nodes[projection.node] for projection in match.projections] + [nodes[name] for name in match.vectors]
-    interior = [nodes[name] for name in match.interior]
-    weight = parameter(graph_module, match.down_proj.weight)
-    vectors = (parameter(graph_module, str(nodes[name].target)).detach() for name in match.vectors)
+    site = match.sites[0]
+    projections = tuple(
+        _read_linear(graph_module, nodes[name], projection.role, list(projection.rows))
+        for name, projection in zip(site.projections, match.projections, strict=True)
+    )
+    down = _layer(nodes[site.down])
+    last = _read_linear(graph_module, down.node, "down_proj", None)
     return DenseFFN(
-        projections=tuple(_read_linear(graph_module, projection) for projection in match.projections),
-        vectors=tuple(_widen(v).reshape(-1) if v.numel() > 1 else _widen(v) for v in vectors),
-        activation=extract_activation(inputs, interior, as_node(nodes[match.down].args[0])),
-        down=_read_linear(graph_module, match.down_proj),
-        weight_dtype=weight.dtype,
-        requires_grad=weight.requires_grad,
+        projections=projections,
+        vectors=tuple(_read_vector(graph_module, nodes[vector.node], vector) for vector in match.vectors),
+        activation=in_precision(match.function, last.weight.dtype),
+        down=last,
+        requires_grad=down.weight_source(graph_module).requires_grad,
     )
 
 
-def parameter(graph_module: GraphModule, path: str) -> Tensor:
-    """The parameter, buffer or constant at a dotted path."""
-    owner, _, name = path.rpartition(".")
-    return getattr(graph_module.get_submodule(owner), name)
+def _layer(node: Node) -> LinearLayer:
+    layer = read_linear(node)
+    if layer is None:
+        raise PassError(f"`{node.name}` is no linear layer: the match is not of this graph")
+    return layer
 
 
-def _read_linear(graph_module: GraphModule, projection: Projection) -> Linear:
-    weight = parameter(graph_module, projection.weight).detach()
-    weight = weight.t() if projection.transposed else weight
-    rows = slice(projection.start, projection.stop)
-    bias = None if projection.bias is None else _widen(parameter(graph_module, projection.bias).detach()[rows])
-    return Linear(projection.role, _widen(weight[rows]), bias)
+def _read_linear(graph_module: GraphModule, node: Node, role: str, rows: list[int] | None) -> Linear:
+    layer = _layer(node)
+    weight, bias = layer.weight_value(graph_module), layer.bias_value(graph_module)
+    dtype = weight.dtype
+    if rows is not None and rows != list(range(len(weight))):
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    return Linear(role, _widen(weight), None if bias is None else _widen(bias), dtype)
+
+
+def _read_vector(graph_module: GraphModule, node: Node, vector: NeuronVector) -> Tensor:
+    """`[F]`, or `[]` for a single number."""
+    value = _widen(constant_value(graph_module, node))
+    if not vector.dims:
+        return value.reshape(())
+    by_neuron = value.movedim(vector.dims, tuple(range(len(vector.dims)))).flatten()
+    return by_neuron[list(vector.index)]
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.float()

@@ -53,9 +53,9 @@ def test_tokens_in_order_and_without_padding(model: Model) -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     x = torch.randn(2, 3, 3)
     run = stream(model, ((X,), {"attention_mask": MASK}), ((x,), {"attention_mask": mask}))
-    (first,) = run.tokens_at(["linear"], "ffn")
+    (first,) = run.tokens_at([("linear", -1)], "ffn")
     torch.testing.assert_close(first, model.first(torch.cat([X.flatten(0, 1), x[mask.bool()]])))
-    (second,) = run.tokens_at(["linear_1"], "ffn")
+    (second,) = run.tokens_at([("linear_1", -1)], "ffn")
     torch.testing.assert_close(second, model.second(first))
 
 
@@ -91,13 +91,13 @@ def test_values_that_overflow_on_the_way(model: Model) -> None:
     model.first.weight.data *= 1e30
     run = stream(model, ((X * 1e30,), {"attention_mask": MASK}))
     with pytest.raises(CalibrationError, match="batch 0 leads to NaN or infinite values at the input of ffn"):
-        run.tokens_at(["linear_1"], "ffn")
+        run.tokens_at([("linear_1", -1)], "ffn")
 
 
 def test_everything_masked(model: Model) -> None:
     """Protects: no division by zero tokens."""
     with pytest.raises(CalibrationError, match="no calibration token reaches ffn"):
-        stream(model, ((X,), {"attention_mask": MASK * 0})).tokens_at(["linear"], "ffn")
+        stream(model, ((X,), {"attention_mask": MASK * 0})).tokens_at([("linear", -1)], "ffn")
 
 
 def test_another_structure(model: Model) -> None:

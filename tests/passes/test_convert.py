@@ -50,12 +50,12 @@ def test_the_target_leads_back_to_the_dense_model(model: nn.Module) -> None:
     first, second = match_ffn(graph_module)[0]
     run(graph_module, replace(CONFIG, select=first.name), [IDS])
     reference, stream = CalibrationStream(dense_module, [IDS]), CalibrationStream(graph_module, [IDS])
-    down = next(node for node in graph_module.graph.nodes if node.name == second.down)
+    down = next(node for node in graph_module.graph.nodes if node.name == second.sites[0].down)
     (residual,) = module.residual_terms(down)
     sample = module._sample(reference, stream, graph_module, second, read_ffn(graph_module, second))
     streams = CalibrationStream(dense_module, [IDS]), CalibrationStream(graph_module, [IDS])
     with torch.no_grad():
-        (dense_x, dense_r), (x, r) = (s.tokens_at([second.x, residual.name], "") for s in streams)
+        (dense_x, dense_r), (x, r) = (s.tokens_at([(second.sites[0].x, -1), (residual.name, -1)], "") for s in streams)
         wanted = dense_r + read_ffn(dense_module, second)(dense_x)
     assert float((x - dense_x).norm() / dense_x.norm()) > 1e-3  # the first layer did change something
     torch.testing.assert_close(sample.x, x)

@@ -28,7 +28,7 @@ def insertion(graph_module: torch.fx.GraphModule, match: FFNMatch, num_shared: i
     dense = read_ffn(graph_module, match)
     neurons = torch.randperm(match.intermediate_size).view(4, -1)
     router = MLPRouter(match.hidden_size, 4 - num_shared, 4 - num_shared, 8)
-    return InsertMoEPass(match, divide(dense, neurons, num_shared), router, dense.weight_dtype, dense.requires_grad)
+    return InsertMoEPass(match, divide(dense, neurons, num_shared), router, dense.dtypes, dense.requires_grad)
 
 
 @pytest.mark.parametrize("num_shared", [0, 1])

@@ -37,10 +37,23 @@ FIRES = {
     "matmul plus bias": lambda m, x: x @ m.in_out + m.bias,
     "bias plus matmul": lambda m, x: m.bias + x @ m.in_out,
     "linear plus bias": lambda m, x: nn.functional.linear(x, m.out_in) + m.bias,
+    "linear plus wide bias": lambda m, x: nn.functional.linear(x, m.out_in) + m.bias[None],
+    "bmm": lambda m, x: torch.bmm(x[None], m.in_out.expand(1, -1, -1))[0],
+    "bmm along a dynamic batch": lambda m, x: torch.bmm(x[:, None], m.in_out[None].expand(x.shape[0], -1, -1)),
+    "baddbmm": lambda m, x: torch.baddbmm(m.bias[None, None].expand(1, 1, 5), x[None], m.in_out[None]),
+    "weight times x": lambda m, x: m.out_in @ x.t(),
+    "einsum": lambda m, x: torch.einsum("bd,fd->bf", x, m.out_in),
+    "einsum, weight first": lambda m, x: torch.einsum("df,bd->bf", m.in_out, x),
+    "einsum with an ellipsis": lambda m, x: torch.einsum("...d,df->...f", x, m.in_out),
+    "einsum, features first": lambda m, x: torch.einsum("db,fd->fb", x.t(), m.out_in),
+    "einsum, result transposed": lambda m, x: torch.einsum("bd,fd->fb", x, m.out_in),
+    "tensordot": lambda m, x: torch.tensordot(x, m.out_in, dims=([1], [1])),
 }
 DECLINES = {
     "linear": lambda m, x: nn.functional.linear(x, m.out_in, m.bias),
-    "weight times x": lambda m, x: m.in_out.t() @ x.t(),
+    "einsum, two sums": lambda m, x: torch.einsum("bd,fd->b", x, m.out_in),
+    "einsum, another order": lambda m, x: torch.einsum("abd,fd->baf", x.view(2, 2, 3), m.out_in),
+    "one matrix per batch": lambda m, x: torch.bmm(x.view(2, 2, 3), m.out_in[None].repeat(2, 1, 1).mT * 2),
     "two activations": lambda m, x: x @ x.t(),
     "product read twice": lambda m, x: (lambda y: torch.stack([y, y + m.bias]))(nn.functional.linear(x, m.out_in)),
     "not a bias": lambda m, x: nn.functional.linear(x, m.out_in) + m.per_token,
@@ -56,7 +69,7 @@ def test_fires_once(name: str) -> None:
     targets = [node.target for node in result.graph_module.graph.nodes if node.op == "call_function"]
     assert result.modified
     assert targets.count(torch.ops.aten.linear.default) == 1
-    assert set(targets) <= {torch.ops.aten.linear.default, torch.ops.aten.t.default}
+    assert not {str(target).split(".")[1] for target in targets} & {"addmm", "mm", "matmul", "bmm", "baddbmm", "einsum"}
     torch.testing.assert_close(result.graph_module(x), model(x))
     assert not NormalizeLinearPass()(result.graph_module).modified
 

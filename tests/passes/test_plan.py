@@ -1,7 +1,9 @@
-"""`make_plan`: which FFNs become experts, and the reasons of the others."""
+"""`make_plan`: which FFNs become experts, and the reasons of the others. `fit_plan`: a plan that was given."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from sparsify import SparsifyConfig
 from sparsify.errors import SelectionError
 from sparsify.passes.capture import capture
 from sparsify.passes.match_ffn import FFNMatch, match_ffn
-from sparsify.passes.plan import make_plan
+from sparsify.passes.plan import ConversionPlan, LayerPlan, fit_plan, make_plan
 
 
 def ffn(hidden_size: int, neurons: int, out_features: int) -> nn.Module:
@@ -26,8 +28,12 @@ def matches() -> list[FFNMatch]:
     return match_ffn(capture(model, (randn(2, 16),)))[0]
 
 
-def converted(matches: list[FFNMatch], **options: Any) -> list[str]:
-    return [layer.name for layer in make_plan(matches, SparsifyConfig(**options)).layers if layer.converts]
+def layers_of(matches: list[FFNMatch], **options: Any) -> tuple[LayerPlan, ...]:
+    return make_plan(matches, SparsifyConfig(**options)).layers
+
+
+def numbers(layers: tuple[LayerPlan, ...]) -> list[tuple[int, int, int]]:
+    return [(layer.num_experts, layer.top_k, layer.num_shared_experts) for layer in layers]
 
 
 def test_auto(matches: list[FFNMatch]) -> None:
@@ -38,24 +44,57 @@ def test_auto(matches: list[FFNMatch]) -> None:
     assert "maps 16 to 3 features; convert it by name" in plan[2].reason
 
 
+@pytest.mark.parametrize("select", ["all", ("narrow", "head"), lambda match: match.name != "wide"])
+def test_what_auto_leaves_dense_is_converted_on_demand(matches: list[FFNMatch], select: Any) -> None:
+    """Protects: too small to pay, or no block, is no rejection: "all", its name and a predicate convert it."""
+    layers = layers_of(matches, num_experts=8, top_k=2, select=select)
+    assert [layer.converts for layer in layers[1:]] == [True, True]
+    assert layers[2].reason.startswith("selected by ")
+
+
+def test_what_select_leaves_out_says_so(matches: list[FFNMatch]) -> None:
+    """Protects: a preset leaves an FFN dense for its own reason, and one that does not pay for that reason."""
+    wide, narrow, head = layers_of(matches, num_experts=2, top_k=1, select=1)
+    assert (wide.converts, narrow.converts, head.converts) == (False, True, False)
+    assert wide.reason == "select=1 leaves it dense"
+    assert narrow.reason == "selected by select=1; experts of 35 neurons"
+    assert "not the FFN of a block" in head.reason
+    assert layers_of(matches, num_experts=2, top_k=1, select="wide")[2].reason == "select='wide' leaves it dense"
+
+
+def test_nothing_pays(matches: list[FFNMatch]) -> None:
+    """Protects: a preset finds nothing that pays: all dense with the reason, as with "auto", and no error."""
+    layers = layers_of(matches, num_experts=64, top_k=2, select="later")
+    assert not any(layer.converts for layer in layers)
+    assert "too small to pay" in layers[0].reason
+
+
+def test_overrides(matches: list[FFNMatch]) -> None:
+    """Protects: every FFN gets its own numbers, shared experts by the same rule, later patterns over earlier ones."""
+    overrides = {"*": {"num_experts": 4}, "*a*": {"top_k": 1}, "head": {"top_k": 4}}
+    layers = layers_of(matches, num_experts=8, top_k=2, select="all", overrides=overrides)
+    assert numbers(layers) == [(4, 2, 1), (4, 1, 0), (4, 4, 0)]
+
+
+def test_overrides_decide_what_pays(matches: list[FFNMatch]) -> None:
+    """Protects: an FFN that is too small for the common number is converted where its own number is smaller."""
+    layers = layers_of(matches, num_experts=8, top_k=2, overrides={"narrow": {"num_experts": 2}, "wide": {"top_k": 8}})
+    assert numbers(layers) == [(8, 8, 0), (2, 2, 0), (0, 0, 0)]
+
+
 @pytest.mark.parametrize(
-    ("select", "names"),
+    ("overrides", "message"),
     [
-        ("all", ["wide", "narrow", "head"]),
-        ("*a*", ["narrow", "head"]),
-        (("wide", "head"), ["wide", "head"]),
-        (lambda match: match.intermediate_size > 100, ["wide", "head"]),
+        ({"layer.*": {"top_k": 1}}, r"overrides='layer\.\*' matches none of the 3 FFNs: wide, narrow, head"),
+        ({"n*": {"num_experts": 2}}, r"overrides of narrow do not fit .*: top_k must be between 1 and .*\(2\), got 4"),
+        ({"head": {"num_shared_experts": 4}}, r"overrides of head .* num_shared_experts must be between 0 and .*\(3\)"),
+        ({"narrow": {"num_experts": 128}}, r"narrow has 70 neurons, too few for num_experts=128"),
     ],
 )
-def test_select(matches: list[FFNMatch], select: Any, names: list[str]) -> None:
-    """Protects: "all", globs, several globs, predicates."""
-    assert converted(matches, num_experts=8, top_k=2, select=select) == names
-
-
-def test_a_pattern_that_matches_nothing(matches: list[FFNMatch]) -> None:
-    """Protects: a typing error is no silent no-op; the message lists the names."""
-    with pytest.raises(SelectionError, match=r"'layer\.\*' matches none of the 3 FFNs: wide, narrow, head"):
-        make_plan(matches, SparsifyConfig(select="layer.*"))
+def test_overrides_that_do_not_fit(matches: list[FFNMatch], overrides: Any, message: str) -> None:
+    """Protects: an override without effect or with numbers that cannot be is refused, and the FFN is named."""
+    with pytest.raises(SelectionError, match=message):
+        layers_of(matches, num_experts=8, top_k=4, select="all", overrides=overrides)
 
 
 def test_too_many_experts_for_an_ffn_that_was_asked_for(matches: list[FFNMatch]) -> None:
@@ -68,3 +107,66 @@ def test_neurons_that_do_not_divide(matches: list[FFNMatch]) -> None:
     """Protects: 70 neurons on 16 experts of 5 leave 10 places of padding, and the plan says so."""
     plan = make_plan(matches, SparsifyConfig(num_experts=16, top_k=1, select="narrow"))
     assert "experts of 5 neurons, 10 of them padding" in plan.layers[1].reason
+
+
+CONFIG = SparsifyConfig(num_experts=8, top_k=2)
+
+
+def test_a_plan_survives_json(matches: list[FFNMatch]) -> None:
+    """Protects: a plan is plain data: what is written is read again, through text, and prints a line an FFN."""
+    plan = make_plan(matches, CONFIG)
+    assert ConversionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    wide, narrow, _ = str(plan).splitlines()
+    assert wide == "wide: 2 of 8 experts, 1 shared, maps the hidden size to itself; experts of 64 neurons"
+    assert narrow.startswith("narrow: dense, too small to pay")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 9}, r"wide: top_k must be between 1 and num_experts \(8\), got 9"),
+        ({"num_experts": -1}, "wide: num_experts must be at least 1, got -1"),
+        ({"num_experts": 8.5}, r"wide: num_experts must be a whole number, got 8\.5"),
+        ({"num_experts": "8"}, "wide: num_experts must be a whole number, got '8'"),
+        ({"num_shared_experts": 2}, "wide: num_shared_experts must be between 0 and top_k - 1"),
+        ({"experts": 8}, "no plan as .* 'experts'"),
+    ],
+)
+def test_an_edit_that_cannot_be(matches: list[FFNMatch], change: dict[str, Any], message: str) -> None:
+    """Protects: a slip in a file that was edited by hand is found when it is read."""
+    document = make_plan(matches, CONFIG).to_json()
+    document["layers"][0] |= change
+    with pytest.raises(ValueError, match=message):
+        ConversionPlan.from_json(document)
+
+
+@pytest.mark.parametrize("document", [{}, {"layers": 1}, {"layers": [1]}, {"layers": [{"name": "a"}]}, []])
+def test_a_document_that_is_no_plan(document: Any) -> None:
+    """Protects: another JSON file is refused as what it is."""
+    with pytest.raises(ValueError, match=r"no plan as ConversionPlan\.to_json\(\)"):
+        ConversionPlan.from_json(document)
+
+
+def test_a_given_plan(matches: list[FFNMatch]) -> None:
+    """Protects: names decide, not the order; numbers are taken as they stand; no reason of before the edit is left."""
+    wide, narrow, head = make_plan(matches, CONFIG).layers
+    edited = ConversionPlan((head, replace(wide, num_experts=0), replace(narrow, num_experts=7, top_k=2)))
+    layers = fit_plan(edited, matches, CONFIG).layers
+    assert [layer.name for layer in layers] == ["wide", "narrow", "head"]
+    assert numbers(layers) == [(0, 0, 0), (7, 2, 0), (0, 0, 0)]
+    assert [layer.reason for layer in layers] == [
+        "left dense by plan=",
+        "converted by plan=; experts of 10 neurons",
+        f"left dense by plan=: {head.reason}",
+    ]
+
+
+def test_a_plan_of_another_model(matches: list[FFNMatch]) -> None:
+    """Protects: names that are missing, unknown or double are listed, and no FFN is planned by accident."""
+    wide, narrow, head = make_plan(matches, CONFIG).layers
+    plan = ConversionPlan((wide, replace(head, name="other"), wide))
+    with pytest.raises(SelectionError, match=r"does not name narrow, head; .* no such FFN, other; .* once wide\. "):
+        fit_plan(plan, matches, CONFIG)
+    plan = ConversionPlan((wide, replace(narrow, num_experts=128, top_k=1), head))
+    with pytest.raises(SelectionError, match=r"narrow has 70 neurons, too few for num_experts=128.* at most 70 work"):
+        fit_plan(plan, matches, CONFIG)

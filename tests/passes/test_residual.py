@@ -18,7 +18,9 @@ def terms(model: nn.Module, x: Tensor) -> list[tuple[str, ...]]:
     """Names of the residual terms of every FFN, and of the node that the FFN reads."""
     graph_module = NormalizeLinearPass()(capture(model, (x,))).graph_module
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    found = [(residual_terms(nodes[match.down]), match.x) for match in match_ffn(graph_module)[0]]
+    found = [
+        (residual_terms(nodes[site.down]), site.x) for match in match_ffn(graph_module)[0] for site in match.sites
+    ]
     return [(*(term.name for term in terms), x) for terms, x in found]
 
 

@@ -32,5 +32,5 @@ def test_widens_half_precision(read: Callable[[nn.Module, int], DenseFFN]) -> No
             return self.ffn(x.bfloat16())
 
     dense = read(Cast(), 7)
-    assert (dense.weight_dtype, wide.weight_dtype) == (torch.bfloat16, torch.float32)
+    assert (dense.dtypes["down_proj"], wide.dtypes["down_proj"]) == (torch.bfloat16, torch.float32)
     assert dense(torch.randn(2, 7)).dtype == torch.float32
