@@ -85,6 +85,7 @@ class InsertMoEPass(Pass):
         tensors["bias"] = experts.bias
         vector_dtypes = {f"vector_{i}": node.meta["val"].dtype for i, node in enumerate(vectors)}
         graph_module.add_submodule(f"{name}.experts", self._holder(tensors, vector_dtypes))
+        self.router.requires_grad_(False)  # weights of one and chosen ids pass no gradient on
         graph_module.add_submodule(f"{name}.router", self.router)
         if experts.shared is None:
             return

@@ -18,8 +18,9 @@ from sparsify.passes.calibrate import without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode
 from sparsify.passes.convert import convert
 from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
+from sparsify.passes.module_cover import cover_with_modules
 from sparsify.passes.normalize_linear import NormalizeLinearPass
-from sparsify.passes.plan import ConversionPlan, make_plan
+from sparsify.passes.plan import ConversionPlan, LayerPlan, fit_plan, make_plan
 from sparsify.passes.split.split_ffn import SplitResult
 from sparsify.report import FFNReport, Report
 from sparsify.sparse_model import SparseModel, SparseModelInfo
@@ -36,6 +37,19 @@ class Inspection:
 
     ffns: list[FFNMatch]
     rejected: list[Rejection]
+
+    def plan(self, config: SparsifyConfig | None = None, **options: Any) -> ConversionPlan:
+        """What `sparsify` would do with each of the FFNs: to print, to edit, and to give to it as `plan=`.
+
+        Args:
+            config: how to divide; or give its fields as keyword options.
+            **options: fields of `SparsifyConfig`.
+
+        Raises:
+            ValueError: an option is not valid.
+            SelectionError: as in `sparsify`.
+        """
+        return make_plan(self.ffns, _config(config, options))
 
 
 def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Inspection:
@@ -61,6 +75,7 @@ def sparsify(
     kwargs: dict[str, Any] | None = None,
     *,
     config: SparsifyConfig | None = None,
+    plan: ConversionPlan | None = None,
     calibration: Iterable[object] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
     progress: Progress | None = None,
@@ -74,6 +89,8 @@ def sparsify(
         args: example inputs, or a single tensor. Give every dimension that should stay dynamic a size of at least 2.
         kwargs: example keyword inputs.
         config: how to divide; or give its fields as keyword options.
+        plan: which FFNs to convert and into how many experts, for all of them, as `inspect(...).plan(...)` makes it;
+            it takes the place of `select`, `overrides` and the numbers of experts.
         calibration: an iterable of batches: `(args, kwargs)`, tuples, dicts or tensors, with the structure of the
             example inputs. Positions where a keyword `attention_mask` is 0 are left out. None converts from the weights
             and the example inputs alone, which costs quality.
@@ -88,9 +105,11 @@ def sparsify(
         ValueError: an option is not valid.
         CaptureError: the model cannot be traced, or the example inputs do not fit it.
         NoFFNError: the model has no FFN that can be split.
-        SelectionError: `select` matches no FFN, or one with too few neurons for the experts.
+        SelectionError: `select`, `overrides` or `plan` do not fit the FFNs of the model, or ask for more experts than
+            one of them has neurons for.
         CalibrationError: the calibration data is empty, does not fit, or leads to values that are not finite.
     """
+    _refuse_contradiction(plan, options)
     config = _config(config, options)
     args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
     clock = _Clock(progress)
@@ -99,7 +118,9 @@ def sparsify(
     graph_module = NormalizeLinearPass()(graph_module).graph_module
     matches, rejections = clock.run("match", lambda: match_ffn(graph_module))
     _require_ffn(model, graph_module, matches, rejections)
-    plan = make_plan(matches, config)
+    plan = make_plan(matches, config) if plan is None else fit_plan(plan, matches, config)
+    converted = {layer.name for layer in plan.layers if layer.converts}
+    covers = {match.name: cover_with_modules(graph_module, match) for match in matches if match.name in converted}
     example = (args, kwargs)
     results, tokens = clock.run(
         "convert", lambda: convert(graph_module, matches, plan, config, calibration, example, clock.layers)
@@ -108,7 +129,7 @@ def sparsify(
     sparse.train(model.training)
     error = clock.run("verify", lambda: _output_error(model, sparse, args, kwargs))
     report = Report(
-        ffns=_ffn_reports(matches, rejections, plan, results, config),
+        ffns=_ffn_reports(matches, rejections, plan, results),
         notes=_notes(graph_module, args, kwargs, calibration is None, plan),
         calibration_tokens=tokens,
         parameters_before=_count(model),
@@ -117,7 +138,7 @@ def sparsify(
         seconds=clock.seconds,
     )
     shared = {layer.name: layer.num_shared_experts for layer in plan.layers if layer.converts}
-    sparse.info = SparseModelInfo(args, kwargs, shared, report)
+    sparse.info = SparseModelInfo(args, kwargs, shared, report, covers)
     return sparse
 
 
@@ -125,6 +146,13 @@ def _config(config: SparsifyConfig | None, options: dict[str, Any]) -> SparsifyC
     if config is None:
         return SparsifyConfig(**options)
     return replace(config, **options)
+
+
+def _refuse_contradiction(plan: ConversionPlan | None, options: dict[str, Any]) -> None:
+    planned = ("num_experts", "top_k", "num_shared_experts", "select", "overrides")
+    clash = [name for name in planned if name in options]
+    if plan is not None and clash:
+        raise ValueError(f"plan= already says what {', '.join(clash)} would; give the plan or the options, not both")
 
 
 def _require_free_names(model: nn.Module, graph_module: GraphModule) -> None:
@@ -171,17 +199,15 @@ def _ffn_reports(
     rejections: list[Rejection],
     plan: ConversionPlan,
     results: dict[str, SplitResult],
-    config: SparsifyConfig,
 ) -> tuple[FFNReport, ...]:
     reports = [
-        _ffn_report(match, layer.reason, results.get(match.name), config)
-        for match, layer in zip(matches, plan.layers, strict=True)
+        _ffn_report(match, layer, results.get(match.name)) for match, layer in zip(matches, plan.layers, strict=True)
     ]
     refused = [FFNReport(r.name, "", "", 0, 0, "rejected", f"{r.reason} (node `{r.node}`)") for r in rejections]
     return (*reports, *refused)
 
 
-def _ffn_report(match: FFNMatch, reason: str, result: SplitResult | None, config: SparsifyConfig) -> FFNReport:
+def _ffn_report(match: FFNMatch, layer: LayerPlan, result: SplitResult | None) -> FFNReport:
     report = FFNReport(
         name=match.name,
         kind=match.kind,
@@ -189,7 +215,7 @@ def _ffn_report(match: FFNMatch, reason: str, result: SplitResult | None, config
         hidden_size=match.hidden_size,
         intermediate_size=match.intermediate_size,
         action="dense",
-        reason=reason,
+        reason=layer.reason,
         flops_before=match.flops_per_token,
         flops_after=match.flops_per_token,
         parameters_before=match.num_parameters,
@@ -202,14 +228,14 @@ def _ffn_report(match: FFNMatch, reason: str, result: SplitResult | None, config
     return replace(
         report,
         action="converted",
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        num_shared_experts=config.shared,
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        num_shared_experts=layer.num_shared_experts,
         receipt=result.receipt,
         error=result.error,
         error_before_refit=result.error_before_refit,
         tokens_per_expert=result.tokens_per_expert,
-        flops_after=config.top_k * size * per_neuron + 2 * sum(p.numel() for p in _matrices(result.router)),
+        flops_after=layer.top_k * size * per_neuron + 2 * sum(p.numel() for p in _matrices(result.router)),
         parameters_after=result.experts.num_parameters + _count(result.router),
     )
 

@@ -16,7 +16,7 @@ class NoFFNError(SparsifyError, ValueError):
 
 
 class SelectionError(SparsifyError, ValueError):
-    """`select` names no feed-forward layer of the model, or one with too few neurons for the experts."""
+    """`select`, `overrides` or `plan` do not fit the feed-forward layers of the model."""
 
 
 class CalibrationError(SparsifyError, ValueError):
@@ -29,6 +29,10 @@ class PassError(SparsifyError, RuntimeError):
 
 class VerificationError(SparsifyError, RuntimeError):
     """A promise does not hold: a receipt or a parity check is above its bound."""
+
+
+class GraftError(SparsifyError, ValueError):
+    """The experts do not fit into the model: it is not the one that was converted."""
 
 
 class ExportError(SparsifyError, RuntimeError):

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,12 +33,13 @@ from sparsify.graph_format import (
     encode_value,
 )
 from sparsify.output_folder import output_folder
+from sparsify.passes.module_cover import ModuleCover
 from sparsify.routers import MLPRouter, Router
 from sparsify.sparse_model import SparseModel, SparseModelInfo
 
 GRAPH_FILE = "graph.json"
 TENSOR_FILE = "model.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # What torch, json and this file raise when a well-formed JSON document does not have the expected shape.
 _MALFORMED = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, SyntaxError, TypeError, ValueError)
@@ -158,6 +160,7 @@ def _encode_model(sparse: SparseModel) -> tuple[dict[str, Any], dict[str, Tensor
         "torch_version": torch.__version__,
         "training": sparse.training,
         "num_shared_experts": info.num_shared_experts,
+        "covers": {name: asdict(cover) for name, cover in info.covers.items()},
         "example_inputs": {
             "spec": encode_tree_spec(spec),
             # A state dict has no name with a slash.
@@ -183,9 +186,15 @@ def _decode_model(document: dict[str, Any], file: Any) -> SparseModel:
     leaves = [_decode_leaf(leaf, file) for leaf in examples["leaves"]]
     args, kwargs = pytree.tree_unflatten(leaves, decode_tree_spec(examples["spec"]))
     shared = {name: int(document["num_shared_experts"][name]) for name in sparse.routers}
-    sparse.info = SparseModelInfo(args=args, kwargs=kwargs, num_shared_experts=shared, report=None)
+    covers = {name: _decode_cover(cover) for name, cover in document["covers"].items()}
+    sparse.info = SparseModelInfo(args=args, kwargs=kwargs, num_shared_experts=shared, report=None, covers=covers)
     sparse.train(document["training"] is True)
     return sparse
+
+
+def _decode_cover(data: dict[str, Any]) -> ModuleCover:
+    modules = tuple(check_path(path) for path in data["modules"])
+    return ModuleCover(modules, str(data["obstacle"]), int(data["x_axis"]), int(data["down_axis"]))
 
 
 def _encode_modules(sparse: SparseModel) -> list[dict[str, Any]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from sparsify.routers import Router
 
 if TYPE_CHECKING:
+    from sparsify.graft import GraftReport
+    from sparsify.passes.module_cover import ModuleCover
     from sparsify.report import Report
 
 SIZES_KEY = "sparsify_sizes"
@@ -27,12 +30,14 @@ class SparseModelInfo:
         kwargs: the example keyword inputs.
         num_shared_experts: per converted FFN, how many of its experts run for every token.
         report: what was done to every FFN, and why.
+        covers: per converted FFN, the modules of the original model that it can be grafted into.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     num_shared_experts: dict[str, int]
     report: Report | None
+    covers: Mapping[str, ModuleCover] = field(default_factory=lambda: {})
 
 
 class SparseModel(fx.GraphModule):
@@ -86,6 +91,25 @@ class SparseModel(fx.GraphModule):
                 )
         for name, router in self.routers.items():
             router.top_k = top_k - self.info.num_shared_experts[name]
+
+    def graft(self, model: nn.Module) -> GraftReport:
+        """Put the experts into the modules of the original model, in place, so that code written for it goes on working.
+
+        `generate()`, `save_pretrained()`, training loops and DDP then use the experts. Parameters are shared with this
+        model. The names in the state dict are those of the modules: `<module>.experts.up_proj`, `<module>.router...`.
+
+        Args:
+            model: the one that was converted, or one of the same class and configuration.
+
+        Returns:
+            The modules that were replaced, and why others were not.
+
+        Raises:
+            GraftError: `model` is not the one that was converted. It is unchanged then.
+        """
+        from sparsify.graft import graft
+
+        return graft(self, model)
 
     def dynamic_dims(self) -> dict[str, dict[int, str]]:
         """The input dimensions that may change between calls: input name -> dimension -> name of its size."""

@@ -1,0 +1,267 @@
+"""Put the experts of a `SparseModel` back into the modules of the original model.
+
+Code that was written for the original class goes on working: `generate()` with its cache, `save_pretrained()`, training
+loops. The parameters are shared with the `SparseModel`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from sparsify.errors import GraftError
+from sparsify.passes.capture import evaluation_mode
+from sparsify.passes.module_cover import ModuleCover
+
+if TYPE_CHECKING:
+    from sparsify.sparse_model import SparseModel
+
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class GraftReport:
+    """What `SparseModel.graft` did.
+
+    Attributes:
+        grafted: the modules that were replaced, by the name of the FFN. The first of them holds the experts.
+        skipped: why an FFN was left dense in the original modules, by its name.
+    """
+
+    grafted: Mapping[str, tuple[str, ...]]
+    skipped: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """One line for each FFN."""
+        lines = [f"{name}: experts in {', '.join(modules)}" for name, modules in self.grafted.items()]
+        return "\n".join([*lines, *(f"{name}: left dense: {reason}" for name, reason in self.skipped.items())])
+
+
+def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
+    """Replace the FFNs of `model` by the experts of `sparse`, in place.
+
+    Args:
+        sparse: converted from `model`, or from one with the same modules.
+        model: changed in place.
+
+    Returns:
+        What was replaced, and why the rest was not.
+
+    Raises:
+        GraftError: `model` does not have the modules that `sparse` was converted from, or gives other outputs with the
+            experts than `sparse` does. It is unchanged then.
+    """
+    covers = sparse.info.covers
+    missing = [path for cover in covers.values() for path in cover.modules if not _has_module(model, path)]
+    if missing:
+        raise GraftError(
+            f"{type(model).__name__} has no module {missing[0]}: give the model that was converted, or one of the same "
+            "class and configuration"
+        )
+    skipped = {name: cover.obstacle for name, cover in covers.items() if cover.obstacle}
+    calls = _observe(model, sparse, covers.values())
+    replacements: dict[str, dict[str, nn.Module]] = {}
+    for name, cover in covers.items():
+        reason = skipped.get(name) or _misfit(cover, calls)
+        if reason:
+            skipped[name] = reason
+            continue
+        experts = grafted_ffn(sparse, name, cover, _parameter(calls[cover.modules[0]]))
+        replacements[name] = {path: nn.Identity() for path in cover.modules} | {cover.modules[0]: experts}
+    skipped |= _replace_all(model, sparse, replacements)
+    done = {name: covers[name].modules for name in replacements if name not in skipped}
+    return GraftReport(done, skipped)
+
+
+def _replace_all(
+    model: nn.Module, sparse: SparseModel, replacements: dict[str, dict[str, nn.Module]]
+) -> dict[str, str]:
+    """Replace all at once where the model then runs, else one after the other; return what was undone, and why."""
+    together = {path: module for modules in replacements.values() for path, module in modules.items()}
+    before = _swap(model, together)
+    if _error(model, sparse) is None:
+        if len(replacements) == len(sparse.info.covers):
+            _check_outputs(model, sparse, before)
+        return {}
+    _swap(model, before)
+    failed: dict[str, str] = {}
+    for name, modules in replacements.items():
+        before = _swap(model, modules)
+        error = _error(model, sparse)
+        if error is not None:
+            _swap(model, before)
+            failed[name] = f"with experts in its place the model raises {error}"
+    return failed
+
+
+def _check_outputs(model: nn.Module, sparse: SparseModel, before: dict[str, nn.Module]) -> None:
+    difference = _difference(model, sparse)
+    if difference <= _TOLERANCE:
+        return
+    _swap(model, before)
+    raise GraftError(
+        f"{type(model).__name__} with the experts differs from the converted model by {difference:.1e} on the example "
+        f"inputs (bound {_TOLERANCE:.0e}): its weights are not those that were converted, or its modules do something "
+        "that evaluation mode does not show. Nothing was changed."
+    )
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, sparse: SparseModel) -> float:
+    """Largest difference of the floating outputs, relative to the largest value of each."""
+    args, kwargs = sparse.info.args, sparse.info.kwargs
+    with evaluation_mode(model), evaluation_mode(sparse):
+        outputs = pytree.tree_leaves(model(*args, **kwargs)), pytree.tree_leaves(sparse(*args, **kwargs))
+    worst = 0.0
+    for a, b in zip(*outputs, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            size = b.double().abs().max().clamp(min=1e-30)
+            worst = max(worst, float((a.double() - b.double()).abs().max() / size))
+    return worst
+
+
+@torch.no_grad()
+def _error(model: nn.Module, sparse: SparseModel) -> str | None:
+    try:
+        with evaluation_mode(model):
+            model(*sparse.info.args, **sparse.info.kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put modules into their places; return what was there."""
+    before = {path: model.get_submodule(path) for path in modules}
+    for path, module in modules.items():
+        module.train(before[path].training)
+        model.set_submodule(path, module)
+    return before
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, sparse: SparseModel, covers: Iterable[ModuleCover]) -> dict[str, tuple[Any, Any]]:
+    """Run the example inputs; return the inputs and the output of the first call of every module, by its path."""
+    calls: dict[str, tuple[Any, Any]] = {}
+
+    def remember(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            shapes = pytree.tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            calls.setdefault(path, (shapes, output.shape if isinstance(output, Tensor) else None))
+
+        return hook
+
+    paths = {path for cover in covers for path in cover.modules}
+    hooks = [model.get_submodule(path).register_forward_hook(remember(path), with_kwargs=True) for path in paths]
+    try:
+        with evaluation_mode(model):
+            model(*sparse.info.args, **sparse.info.kwargs)
+    except Exception as error:
+        raise GraftError(
+            f"{type(model).__name__} does not run on the example inputs of the conversion: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _misfit(cover: ModuleCover, calls: Mapping[str, tuple[Any, Any]]) -> str | None:
+    """Why experts cannot stand where the modules stand, by how these are called."""
+    for path in cover.modules:
+        if path not in calls:
+            return f"{path} is not called as a module"
+        (args, kwargs), output = calls[path]
+        if len(args) + len(kwargs) != 1:
+            return f"{path} is called with {len(args) + len(kwargs)} arguments, an FFN takes one"
+        if output is None:
+            return f"{path} returns something other than one tensor"
+    (args, kwargs), _ = calls[cover.modules[0]]
+    given, returned = [*args, *kwargs.values()][0], calls[cover.modules[-1]][1]
+    if _without(given, cover.x_axis) != _without(returned, cover.down_axis):
+        return f"{cover.modules[-1]} returns tokens in another shape than {cover.modules[0]} takes"
+    return None
+
+
+def _without(shape: torch.Size, axis: int) -> list[int]:
+    kept = list(shape)
+    del kept[axis]
+    return kept
+
+
+def _parameter(call: tuple[Any, Any]) -> str:
+    """What the callers call the input."""
+    (_, kwargs), _ = call
+    return next(iter(kwargs), "x")
+
+
+def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: str = "x") -> GraphModule:
+    """The experts of one FFN as a module of its own.
+
+    Args:
+        sparse: the converted model, whose experts, router and shared expert the module will use.
+        name: of the FFN.
+        cover: says where the features lie.
+        parameter: name of the input.
+
+    Returns:
+        A module from `[..., D]` to `[..., D_out]` (features along `x_axis` and `down_axis`), for any leading sizes.
+    """
+    flat, y = _ends(sparse.graph, name)
+    graph = Graph()
+    x = graph.placeholder(parameter)
+    tokens = x if cover.x_axis == -1 else graph.call_method("movedim", (x, cover.x_axis, -1))
+    shape = graph.call_function(getattr, (tokens, "shape"))
+    copied = {flat: graph.call_method("reshape", (tokens, -1, graph.call_function(operator.getitem, (shape, -1))))}
+    for node in _needed(y, flat):
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.op in ("get_attr", "call_module"):
+            copied[node].target = str(node.target).removeprefix(f"{name}.")
+        copied[node].meta.clear()
+    leading = graph.call_function(operator.getitem, (shape, slice(None, -1)))
+    size = sparse.get_parameter(f"{name}.experts.down_proj").shape[1]
+    out = graph.call_method("reshape", (copied[y], graph.call_function(operator.add, (leading, (size,)))))
+    graph.output(out if cover.down_axis == -1 else graph.call_method("movedim", (out, -1, cover.down_axis)))
+    owner = nn.Module()
+    for child, module in sparse.get_submodule(name).named_children():
+        if child in ("experts", "router", "shared"):
+            owner.add_module(child, module)
+    return GraphModule(owner, graph, "GraftedFFN")
+
+
+def _ends(graph: Graph, name: str) -> tuple[Node, Node]:
+    """The tokens `[T, D]` that the router reads, and the output `[T, D_out]` before it takes the shape of the input."""
+    router = next(node for node in graph.nodes if node.op == "call_module" and node.target == f"{name}.router")
+    flat = router.all_input_nodes[0]
+    down = next(node for node in graph.nodes if node.op == "get_attr" and node.target == f"{name}.experts.down_proj")
+    node = next(iter(down.users))
+    while node.target is not torch.ops.aten.reshape.default:
+        node = next(iter(node.users))
+    return flat, node.all_input_nodes[0]
+
+
+def _needed(y: Node, flat: Node) -> list[Node]:
+    """What `y` is computed with from `flat`, in graph order."""
+    stack, seen = [y], {flat}
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return sorted(seen - {flat})
