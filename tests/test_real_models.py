@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,20 @@ def test_minilm_split(minilm: DenseModel) -> None:
     config = SparsifyConfig(num_experts=16, top_k=4, max_calibration_tokens=12_000)
     sparse = sparsify(minilm.model, minilm.args, minilm.kwargs, config=config, calibration=minilm.calibration())
     assert minilm.metric.evaluate(sparse) >= 0.88
+
+
+def test_smollm2_generates(smollm2: DenseModel) -> None:
+    """Protects: `generate()` with its cache on a grafted model: 64 greedy tokens as the dense model with all experts on.
+
+    With 6 of 8 experts it still writes, through the same modules.
+    """
+    model = copy.deepcopy(smollm2.model)
+    sparse = sparsify(model, smollm2.args, smollm2.kwargs, num_experts=8, top_k=8, refit=False, router_hidden_size=8)
+    prompt = smollm2.held_out[0]["input_ids"][:1, :16]
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "use_cache": True}
+    expected = smollm2.model.generate(prompt, **options)
+    report = sparse.graft(model)
+    assert len(report.grafted) == 30
+    assert torch.equal(model.generate(prompt, **options), expected)
+    sparse.set_top_k(6)
+    assert model.generate(prompt, **options).shape == expected.shape
