@@ -65,6 +65,10 @@ class CalibrationStream:
         self._advance(wanted)
         return [self._tokens(node, axis, name) for node, (_, axis) in zip(wanted, places, strict=True)]
 
+    def has_passed(self, name: str) -> bool:
+        """The node was executed for every batch, so what it reads is not needed any more."""
+        return any(node.name == name for node in self._executed)
+
     def _tokens(self, node: Node, axis: int, name: str) -> Tensor:
         found: list[Tensor] = []
         for index, (environment, mask) in enumerate(zip(self._environments, self._masks, strict=True)):

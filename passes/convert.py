@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sparsify.config import SparsifyConfig
@@ -31,6 +32,25 @@ from sparsify.passes.verify import check_receipt
 _SYNTHETIC_TOKENS = 4096
 
 
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """What the report says of a layer (see `FFNReport`), without its weights, which the graph holds.
+
+    Attributes:
+        expert_size: neurons of an expert.
+        num_parameters: of experts and router.
+        router_flops: per token, 2 per multiply-add.
+    """
+
+    expert_size: int
+    num_parameters: int
+    router_flops: int
+    receipt: float
+    error: float
+    error_before_refit: float | None
+    tokens_per_expert: tuple[int, ...]
+
+
 @torch.no_grad()
 def convert(
     graph_module: GraphModule,
@@ -40,7 +60,9 @@ def convert(
     calibration: Iterable[object] | None,
     example: tuple[tuple[Any, ...], dict[str, Any]],
     progress: Callable[[int, int], None],
-) -> tuple[dict[str, SplitResult], int]:
+    *,
+    consume: bool = False,
+) -> tuple[dict[str, ConvertedLayer], int]:
     """Convert the planned FFNs in place.
 
     Args:
@@ -51,35 +73,81 @@ def convert(
         calibration: batches, or None for a conversion from the weights and the example inputs alone.
         example: `(args, kwargs)`.
         progress: called with the number of layers done and in all.
+        consume: free the dense weights of every layer once it is converted, wherever else they are held.
 
     Returns:
         The result of every converted FFN by name, and the number of calibration tokens.
     """
     todo = _in_order(graph_module, [m for m, layer in zip(matches, plan.layers, strict=True) if layer.converts])
-    results: dict[str, SplitResult] = {}
+    results: dict[str, ConvertedLayer] = {}
     if not todo:
         return results, 0
     batches = [example] if calibration is None else read_batches(calibration, config.max_calibration_tokens)
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    consume = consume and all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
     reference, stream = CalibrationStream(dense_module, batches), CalibrationStream(graph_module, batches)
     layers = {layer.name: layer for layer in plan.layers}
+    outdated: list[tuple[str, nn.Parameter]] = []
     tokens = 0
     for done, match in enumerate(todo):
         progress(done, len(todo))
+        options = layers[match.name].configure(config)
         dense = read_ffn(graph_module, match)
         if len(match.sites) > 1:
-            sample = _pooled(CalibrationStream(dense_module, batches), match, dense, config.max_calibration_tokens)
+            fresh = CalibrationStream(dense_module, batches)
+            sample = _pooled(fresh, match, dense, config.max_calibration_tokens)
         else:
             sample = _sample(reference, stream, graph_module, match, dense)
+            outdated = _free(outdated, graph_module, reference)
+        tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
-        options = layers[match.name].configure(config)
         result = split_ffn(dense, fit, measured, options, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
+        before = list(graph_module.parameters())
         InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad)(graph_module)
-        results[match.name] = result
-        tokens = 0 if calibration is None else len(sample.x)
+        results[match.name] = _summary(result)
+        del dense, sample, fit, measured, result
+        outdated += [(match.sites[-1].down, parameter) for parameter in before] if consume else []
+    if consume:
+        _free(outdated, graph_module)
     progress(len(todo), len(todo))
     return results, tokens
+
+
+def _summary(result: SplitResult) -> ConvertedLayer:
+    router = list(result.router.parameters())
+    return ConvertedLayer(
+        expert_size=result.experts.down.shape[2],
+        num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
+        router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
+        receipt=result.receipt,
+        error=result.error,
+        error_before_refit=result.error_before_refit,
+        tokens_per_expert=result.tokens_per_expert,
+    )
+
+
+def _free(
+    outdated: list[tuple[str, nn.Parameter]], graph_module: GraphModule, reference: CalibrationStream | None = None
+) -> list[tuple[str, nn.Parameter]]:
+    """Empty parameters that neither the graph nor the dense stream will read; the model holds the same ones.
+
+    Args:
+        outdated: parameters that stood in the graph when the FFN whose down_proj is named was converted.
+        graph_module: what it still reads is kept.
+        reference: the dense stream, where it will go on.
+
+    Returns:
+        What must wait, as the dense stream has not passed it.
+    """
+    kept = {id(parameter) for parameter in graph_module.parameters()}
+    waiting: list[tuple[str, nn.Parameter]] = []
+    for down, parameter in outdated:
+        if reference is not None and not reference.has_passed(down):
+            waiting.append((down, parameter))
+        elif id(parameter) not in kept:
+            parameter.data = parameter.data.new_empty(0)
+    return waiting
 
 
 def _in_order(graph_module: GraphModule, matches: list[FFNMatch]) -> list[FFNMatch]:

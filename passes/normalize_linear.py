@@ -46,7 +46,7 @@ class NormalizeLinearPass(Pass):
 
 @dataclass(frozen=True)
 class _Product:
-    """`x @ weight + bias`, weight `[in, out]` if `transposed`; features of `x` and result lie in `x_dim` and `out_dim`."""
+    """`x @ weight + bias`, weight `[in, out]` if `transposed`; features lie in `x_dim` and `out_dim`."""
 
     x: Node
     weight: Node

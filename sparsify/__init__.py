@@ -6,16 +6,19 @@ from sparsify.api import Inspection, inspect, sparsify
 from sparsify.config import SparsifyConfig
 from sparsify.passes.export_onnx import ExportReport, LayerExport, export_onnx
 from sparsify.passes.match_ffn import FFNMatch, Rejection
+from sparsify.passes.plan import ConversionPlan, LayerPlan
 from sparsify.passes.verify_onnx import OnnxParity, verify_onnx
 from sparsify.report import FFNReport, MetricReport, Report
 from sparsify.sparse_model import SparseModel
 
 __all__ = [
+    "ConversionPlan",
     "ExportReport",
     "FFNMatch",
     "FFNReport",
     "Inspection",
     "LayerExport",
+    "LayerPlan",
     "MetricReport",
     "OnnxParity",
     "Rejection",

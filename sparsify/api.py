@@ -16,12 +16,11 @@ from sparsify.config import SparsifyConfig
 from sparsify.errors import CaptureError, NoFFNError
 from sparsify.passes.calibrate import without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode
-from sparsify.passes.convert import convert
+from sparsify.passes.convert import ConvertedLayer, convert
 from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
 from sparsify.passes.module_cover import cover_with_modules
 from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.plan import ConversionPlan, LayerPlan, fit_plan, make_plan
-from sparsify.passes.split.split_ffn import SplitResult
 from sparsify.report import FFNReport, Report
 from sparsify.sparse_model import SparseModel, SparseModelInfo
 
@@ -78,14 +77,15 @@ def sparsify(
     plan: ConversionPlan | None = None,
     calibration: Iterable[object] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
+    consume_model: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> SparseModel:
     """Convert the FFNs of a trained dense model into routed experts.
 
     Args:
-        model: any module that `torch.export` can trace. It is not changed. Weights that are not converted are shared
-            with the result.
+        model: any module that `torch.export` can trace. It is not changed (but see `consume_model`). Weights that are
+            not converted are shared with the result.
         args: example inputs, or a single tensor. Give every dimension that should stay dynamic a size of at least 2.
         kwargs: example keyword inputs.
         config: how to divide; or give its fields as keyword options.
@@ -95,6 +95,8 @@ def sparsify(
             example inputs. Positions where a keyword `attention_mask` is 0 are left out. None converts from the weights
             and the example inputs alone, which costs quality.
         dynamic_shapes: "auto", or what `torch.export.export` takes.
+        consume_model: free the dense weights of every FFN once it is converted, so that dense and converted weights are
+            never all held at once. The model cannot be used afterwards.
         progress: called as `progress(stage, done, total)`.
         **options: fields of `SparsifyConfig`.
 
@@ -121,18 +123,19 @@ def sparsify(
     plan = make_plan(matches, config) if plan is None else fit_plan(plan, matches, config)
     converted = {layer.name for layer in plan.layers if layer.converts}
     covers = {match.name: cover_with_modules(graph_module, match) for match in matches if match.name in converted}
-    example = (args, kwargs)
+    example, expected, parameters_before = (args, kwargs), _dense_outputs(model, args, kwargs), _count(model)
     results, tokens = clock.run(
-        "convert", lambda: convert(graph_module, matches, plan, config, calibration, example, clock.layers)
+        "convert",
+        lambda: convert(graph_module, matches, plan, config, calibration, example, clock.layers, consume=consume_model),
     )
     sparse = SparseModel(graph_module, graph_module.graph)
     sparse.train(model.training)
-    error = clock.run("verify", lambda: _output_error(model, sparse, args, kwargs))
+    error = clock.run("verify", lambda: _output_error(expected, sparse, args, kwargs))
     report = Report(
         ffns=_ffn_reports(matches, rejections, plan, results),
         notes=_notes(graph_module, args, kwargs, calibration is None, plan),
         calibration_tokens=tokens,
-        parameters_before=_count(model),
+        parameters_before=parameters_before,
         parameters_after=_count(sparse),
         output_error=error,
         seconds=clock.seconds,
@@ -179,11 +182,15 @@ def _require_ffn(
 
 
 @torch.no_grad()
-def _output_error(model: nn.Module, sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Relative L2 difference over all floating outputs, padding left out, the dense model in evaluation mode."""
+def _dense_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     with evaluation_mode(model):
-        expected = model(*args, **kwargs)
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(sparse(*args, **kwargs)), strict=True)
+        return pytree.tree_leaves(model(*args, **kwargs))
+
+
+@torch.no_grad()
+def _output_error(expected: list[Any], sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Relative L2 difference to the dense outputs, all that are floating, padding left out."""
+    pairs = zip(expected, pytree.tree_leaves(sparse(*args, **kwargs)), strict=True)
     floating = [
         (without_padding(a, kwargs).double(), without_padding(b, kwargs).double())
         for a, b in pairs
@@ -198,7 +205,7 @@ def _ffn_reports(
     matches: list[FFNMatch],
     rejections: list[Rejection],
     plan: ConversionPlan,
-    results: dict[str, SplitResult],
+    results: dict[str, ConvertedLayer],
 ) -> tuple[FFNReport, ...]:
     reports = [
         _ffn_report(match, layer, results.get(match.name)) for match, layer in zip(matches, plan.layers, strict=True)
@@ -207,7 +214,7 @@ def _ffn_reports(
     return (*reports, *refused)
 
 
-def _ffn_report(match: FFNMatch, layer: LayerPlan, result: SplitResult | None) -> FFNReport:
+def _ffn_report(match: FFNMatch, layer: LayerPlan, result: ConvertedLayer | None) -> FFNReport:
     report = FFNReport(
         name=match.name,
         kind=match.kind,
@@ -216,15 +223,15 @@ def _ffn_report(match: FFNMatch, layer: LayerPlan, result: SplitResult | None) -
         intermediate_size=match.intermediate_size,
         action="dense",
         reason=layer.reason,
-        flops_before=match.flops_per_token,
-        flops_after=match.flops_per_token,
+        flops_before=match.flops_per_token * len(match.sites),
+        flops_after=match.flops_per_token * len(match.sites),
         parameters_before=match.num_parameters,
         parameters_after=match.num_parameters,
     )
     if result is None:
         return report
-    size = result.experts.down.shape[2]
     per_neuron = match.flops_per_token // match.intermediate_size
+    per_site = layer.top_k * result.expert_size * per_neuron + result.router_flops
     return replace(
         report,
         action="converted",
@@ -235,13 +242,9 @@ def _ffn_report(match: FFNMatch, layer: LayerPlan, result: SplitResult | None) -
         error=result.error,
         error_before_refit=result.error_before_refit,
         tokens_per_expert=result.tokens_per_expert,
-        flops_after=layer.top_k * size * per_neuron + 2 * sum(p.numel() for p in _matrices(result.router)),
-        parameters_after=result.experts.num_parameters + _count(result.router),
+        flops_after=per_site * len(match.sites),
+        parameters_after=result.num_parameters,
     )
-
-
-def _matrices(module: nn.Module) -> list[Tensor]:
-    return [parameter for parameter in module.parameters() if parameter.dim() == 2]
 
 
 def _notes(

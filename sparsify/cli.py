@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from sparsify.cli_steps import convert_model, export_model, load_model, model_by
 from sparsify.config import Select, SparsifyConfig
 from sparsify.console import BROKEN_PROMISE, bad_input, exit_codes, make_console, nothing_written, show_stages
 from sparsify.output_folder import output_folder, require_space
+from sparsify.passes.select_ffns import PRESETS
 from sparsify.promises import Promise, check_onnx, check_split
 from sparsify.report import Report
 from sparsify.report_text import PLAIN_BOX, print_report, short
@@ -110,7 +112,19 @@ def convert(
     ] = None,
     select: Annotated[
         list[str] | None,
-        typer.Option(help="auto, all, or a glob pattern on names; repeat it for several.", show_default="auto"),
+        typer.Option(
+            help=f"{', '.join(PRESETS)}; a number (4: the last four FFNs that auto takes), a fraction (0.5: the last "
+            "half of them), or a glob pattern on names, which can be repeated.",
+            show_default="auto",
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN:FIELDS",
+            help="Numbers of the FFNs whose names match, such as '*.11.*:num_experts=8,top_k=2'; fields are "
+            "num_experts, top_k and num_shared_experts. Repeat it for several; later ones win.",
+        ),
     ] = None,
     no_calibration: Annotated[bool, typer.Option("--no-calibration", help="Convert from the weights alone.")] = False,
     calibration: Annotated[
@@ -132,6 +146,7 @@ def convert(
                 top_k=top_k,
                 num_shared_experts=shared,
                 select=_select(select),
+                overrides=tuple(map(_override, override or ())),
                 refit=not no_refit,
                 seed=seed,
             )
@@ -205,7 +220,25 @@ def bench_command(
 def _select(patterns: Sequence[str] | None) -> Select:
     if not patterns:
         return _DEFAULTS.select
-    return patterns[0] if len(patterns) == 1 else tuple(patterns)
+    return _number_or_text(patterns[0]) if len(patterns) == 1 else tuple(patterns)
+
+
+def _number_or_text(text: str) -> str | int | float:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _override(text: str) -> tuple[str, dict[str, int]]:
+    if re.fullmatch(r".+:\w+=-?\d+(,\w+=-?\d+)*", text) is None:
+        raise ValueError(
+            "--override takes a pattern and numbers, such as '*.11.*:num_experts=8,top_k=2' for the FFNs with .11. in "
+            f"their names, got {text!r}"
+        )
+    pattern, _, numbers = text.rpartition(":")
+    pairs = (number.split("=") for number in numbers.split(","))
+    return pattern, {name: int(value) for name, value in pairs}
 
 
 def _refuse_contradiction(no_calibration: bool, calibration: Path | None) -> None:

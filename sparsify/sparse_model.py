@@ -93,7 +93,7 @@ class SparseModel(fx.GraphModule):
             router.top_k = top_k - self.info.num_shared_experts[name]
 
     def graft(self, model: nn.Module) -> GraftReport:
-        """Put the experts into the modules of the original model, in place, so that code written for it goes on working.
+        """Put the experts into the modules of the original model, in place: code written for it goes on working.
 
         `generate()`, `save_pretrained()`, training loops and DDP then use the experts. Parameters are shared with this
         model. The names in the state dict are those of the modules: `<module>.experts.up_proj`, `<module>.router...`.

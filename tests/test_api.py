@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsify as package
-from sparsify import SparseModel, inspect, sparsify
-from sparsify.errors import CalibrationError, CaptureError, NoFFNError
+from sparsify import ConversionPlan, SparseModel, inspect, sparsify
+from sparsify.errors import CalibrationError, CaptureError, NoFFNError, SelectionError
 from sparsify.models.bert import Bert, BertConfig
 from sparsify.models.gpt import GPT, GPTConfig
 from sparsify.models.llama import Llama, LlamaConfig
@@ -217,3 +217,81 @@ def test_inspect() -> None:
     """Protects: every legal site and every near miss, without an error where there is none."""
     assert [ffn.name for ffn in inspect(Bert(BertConfig()), (IDS,)).ffns] == ["layers.0.ffn", "layers.1.ffn"]
     assert inspect(nn.Linear(8, 8), (torch.randn(2, 8),)).ffns == []
+
+
+def expert_banks(sparse: SparseModel) -> list[tuple[int, int, int]]:
+    """Per converted FFN: routed experts of the weights in the graph and of the router, and how many of them run."""
+    banks = [sparse.get_submodule(f"{name}.experts").get_parameter("up_proj").shape[0] for name in sparse.routers]
+    return [(bank, r.num_experts, r.top_k) for bank, r in zip(banks, sparse.routers.values(), strict=True)]
+
+
+def test_overrides_end_to_end() -> None:
+    """Protects: each layer of the graph has its own experts, they are exact, and the report has its own numbers."""
+    model = Bert(BertConfig()).eval()
+    overrides = {"*.1.*": {"num_experts": 4, "top_k": 2, "num_shared_experts": 0}}
+    sparse = sparsify(model, (IDS,), calibration=batches(), refit=False, overrides=overrides, **OPTIONS)
+    assert expert_banks(sparse) == [(7, 7, 2), (4, 4, 2)]
+    first, second = sparse.report.ffns
+    assert (first.num_experts, first.top_k, first.num_shared_experts) == (8, 3, 1)
+    assert (second.num_experts, second.top_k, second.num_shared_experts) == (4, 2, 0)
+    assert len(second.tokens_per_expert) == 4
+    assert second.flops_after == second.flops_before * 2 // 4 + 2 * (64 * 8 + 8 * 4)
+    assert sparse.report.max_receipt <= 1e-5
+    with pytest.raises(ValueError, match=r"top_k must be between 1 and 4 for layers\.1"):
+        sparse.set_top_k(5)
+    sparse.set_top_k(4)
+    assert [router.top_k for router in sparse.routers.values()] == [3, 4]
+
+
+def test_select_end_to_end() -> None:
+    """Protects: a number converts the last FFN only; the first says why it stays dense."""
+    sparse = sparsify(Bert(BertConfig()).eval(), (IDS,), select=1, **OPTIONS)
+    assert list(sparse.routers) == ["layers.1.ffn"]
+    assert [ffn.action for ffn in sparse.report.ffns] == ["dense", "converted"]
+    assert sparse.report.ffns[0].reason == "select=1 leaves it dense"
+
+
+def test_a_plan_is_edited_and_applied() -> None:
+    """Protects: the plan of `inspect`, through JSON and an edit, is what happens; one of another model is refused."""
+    model = Bert(BertConfig()).eval()
+    document = inspect(model, (IDS,)).plan(num_experts=8, top_k=3).to_json()
+    document["layers"][0]["num_experts"] = 0
+    document["layers"][1] |= {"num_experts": 4, "top_k": 2}
+    plan = ConversionPlan.from_json(document)
+    sparse = sparsify(model, (IDS,), plan=plan, router_hidden_size=8, calibration=batches())
+    assert expert_banks(sparse) == [(3, 3, 1)]
+    assert [ffn.reason for ffn in sparse.report.ffns] == [
+        "left dense by plan=",
+        "converted by plan=; experts of 64 neurons",
+    ]
+    with pytest.raises(SelectionError, match=r"does not name h\.0\.mlp, h\.1\.mlp; it names, .* layers\.0\.ffn, "):
+        sparsify(GPT(GPTConfig()).eval(), (IDS,), plan=plan)
+    with pytest.raises(ValueError, match=r"plan= already says what top_k, select would"):
+        sparsify(model, (IDS,), plan=plan, top_k=2, select="all")
+
+
+def test_what_does_not_pay_is_listed_and_not_rejected() -> None:
+    """Protects: a head and a small FFN are legal: listed, left dense with a reason, converted on demand."""
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 8))
+            self.small = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+            self.head = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.body(x)
+            return self.head(x + self.small(x))
+
+    model, x = Classifier().eval(), torch.randn(16, 8)
+    found = inspect(model, (x,))
+    assert [ffn.name for ffn in found.ffns] == ["body", "small", "head"]
+    assert found.rejected == []
+    body, small, head = found.plan(num_experts=8, top_k=2).layers
+    assert (body.converts, small.converts, head.converts) == (True, False, False)
+    assert "too small to pay" in small.reason
+    assert "not the FFN of a block" in head.reason
+    for select, names in (("all", ["body", "small", "head"]), (["head", "small"], ["small", "head"])):
+        sparse = sparsify(model, x, select=select, **OPTIONS)
+        assert [ffn.name for ffn in sparse.report.converted] == names

@@ -19,7 +19,7 @@ import torch
 from onnx import numpy_helper
 from typer.testing import CliRunner
 
-from sparsify import bench
+from sparsify import SparsifyConfig, bench
 from sparsify.cli import app
 from sparsify.sparse_model import SparseModel
 
@@ -225,7 +225,7 @@ def test_a_second_conversion_leaves_no_file_of_the_first(copy, monkeypatch):
     before = (copy / "model.safetensors").read_bytes()
     options = ("--experts", "8", "--no-onnx", "--no-calibration", "--no-refit", "--seed", "1")
     result = run(
-        "convert", "tiny_factory:model", "-o", copy, *options, "--top-k", "2", "--select", "*", "--select", "x"
+        "convert", "tiny_factory:model", "-o", copy, *options, "--top-k", "2", "--select", "*", "--select", "ffn?"
     )
     assert {file.name for file in copy.iterdir()} == FILES - {"model.onnx", "model.dense.onnx", "report.html"} | {
         "notes.txt"
@@ -233,6 +233,20 @@ def test_a_second_conversion_leaves_no_file_of_the_first(copy, monkeypatch):
     assert (copy / "model.safetensors").read_bytes() != before
     assert "report.html was left out: report.html needs matplotlib: pip install" in result.stdout
     assert "not checked: converted with --no-onnx" in " ".join(run("verify", copy).stdout.split())
+
+
+@pytest.mark.parametrize("select", ["1", "0.5", "last-half", "later", "ffn*"])
+def test_selection_and_overrides_reach_the_conversion(tmp_path, select):
+    """A number, a fraction, a preset and a pattern; the numbers of an override are used, reported and written down."""
+    numbers = ("--override", "[!:]*:num_experts=8,top_k=3", "--override", "ffn?:num_experts=2,top_k=1")
+    options = ("--experts", "4", "--top-k", "2", "--select", select, "--no-onnx", "--no-calibration")
+    result = run("convert", "tiny_factory:model", "-o", tmp_path / "out", *options, *numbers, "--json")
+    [ffn] = json.loads(result.stdout)["report"]["ffns"]
+    assert (ffn["action"], ffn["num_experts"], ffn["top_k"]) == ("converted", 2, 1)
+    config = SparsifyConfig(**json.loads((tmp_path / "out" / "conversion.json").read_text())["config"])
+    assert config.select == {"1": 1, "0.5": 0.5}.get(select, select)
+    assert config.for_layer("ffn0").num_experts == 2
+    assert config.for_layer("other").num_experts == 8
 
 
 def test_files_of_others_are_not_overwritten(tmp_path):
@@ -259,6 +273,14 @@ def test_files_of_others_are_not_overwritten(tmp_path):
         (["tiny_factory:model", "--calibration", "nosuch.txt"], "no calibration text at nosuch.txt"),
         (["minilm", "--no-calibration", "--calibration", "x"], "contradict each other"),
         (["tiny_factory:model", "--select", "nosuch.*", "--experts", "4"], "nosuch.*"),
+        (["tiny_factory:model", "--select", "every-second", "--experts", "4"], "every-other, every-fourth, last-half"),
+        (["tiny_factory:model", "--select", "0"], "select as a number of FFNs must be at least 1, got 0"),
+        (["tiny_factory:model", "--select", "1.5"], "above 0 and at most 1, got 1.5"),
+        (["tiny_factory:model", "--select", "2", "--experts", "2", "--top-k", "1"], "asks for the last 2 FFNs"),
+        (["tiny_factory:model", "--override", "*:top_k"], "such as '*.11.*:num_experts=8,top_k=2'"),
+        (["tiny_factory:model", "--override", "*:k=2"], "some of num_experts, top_k, num_shared_experts"),
+        (["tiny_factory:model", "--override", "*:top_k=0"], "top_k must be at least 1, got 0"),
+        (["tiny_factory:model", "--override", "nosuch.*:top_k=1"], "matches none of the 1 FFNs"),
         (["tiny_factory:model", "--target", "tpu"], "ort-cpu"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -20,6 +21,22 @@ from sparsify import SparsifyConfig
         ({"router_hidden_size": 0}, "router_hidden_size must be at least 1, got 0"),
         ({"max_calibration_tokens": 0}, "max_calibration_tokens must be at least 1, got 0"),
         ({"ridge": 0.0}, r"ridge must be above 0, got 0\.0"),
+        ({"num_experts": 8.0, "top_k": 2}, r"num_experts must be a whole number, got 8\.0"),
+        ({"top_k": True}, "top_k must be a whole number, got True"),
+        ({"select": True}, "select must be a preset, a glob pattern.* got True"),
+        ({"select": None}, "select must be a preset.* got None"),
+        ({"select": ()}, r"select must be a preset.* got \(\)"),
+        ({"select": ("a", 1)}, r"select must be a preset.* got \('a', 1\)"),
+        ({"select": 0}, "select as a number of FFNs must be at least 1, got 0"),
+        ({"select": 0.0}, r"select as a fraction of the FFNs must be above 0 and at most 1, got 0\.0"),
+        ({"select": 1.5}, r"above 0 and at most 1, got 1\.5"),
+        ({"select": float("nan")}, "above 0 and at most 1, got nan"),
+        ({"overrides": {"*": {"experts": 8}}}, r"overrides\['\*'\] .* num_experts, top_k, num_shared_experts, got.*"),
+        ({"overrides": {"*": 8}}, r"overrides\['\*'\] must give numbers for some of .* got 8"),
+        ({"overrides": {"*": {"num_experts": 0}}}, r"overrides\['\*'\]: num_experts must be at least 1, got 0"),
+        ({"overrides": {"*": {"top_k": "4"}}}, r"overrides\['\*'\]: top_k must be a whole number, got '4'"),
+        ({"overrides": {"*": {"num_experts": 4, "top_k": 5}}}, r"overrides\['\*'\]: top_k must be between 1 .*4"),
+        ({"overrides": "*:top_k=2"}, r"overrides must map glob patterns .* got '\*:top_k=2'"),
     ],
 )
 def test_refuses(options: dict[str, Any], message: str) -> None:
@@ -40,3 +57,41 @@ def test_is_frozen() -> None:
     """Protects: a config can be shared and logged."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         SparsifyConfig().top_k = 2  # pyright: ignore[reportAttributeAccessIssue] - the point of the test
+
+
+@pytest.mark.parametrize("select", ["auto", ["a.*", "b.*"], 4, 0.5, 1, 1.0])
+def test_overrides_and_lists_leave_a_config_hashable(select: Any) -> None:
+    """Protects: a config is a value: what the caller gave cannot change it later, and two equal ones hash alike."""
+    numbers = {"num_experts": 8}
+    given = {"*.0.*": numbers}
+    first, second = (SparsifyConfig(select=select, overrides=given) for _ in range(2))
+    numbers["num_experts"] = 2
+    given.clear()
+    assert hash(first) == hash(second)
+    assert first == second
+    assert first.for_layer("layers.0.ffn").num_experts == 8
+    assert "num_experts=8" in repr(first)
+
+
+def test_later_overrides_win_field_by_field() -> None:
+    """Protects: a broad pattern first, exceptions after it; what no pattern names stays as in the config."""
+    overrides = {"*.1*": {"num_experts": 32, "top_k": 8}, "*.11.*": {"top_k": 12, "num_shared_experts": 0}}
+    config = SparsifyConfig(num_experts=16, top_k=4, seed=7, overrides=overrides)
+    found = [config.for_layer(f"layers.{i}.ffn") for i in (0, 1, 11)]
+    assert [(own.num_experts, own.top_k, own.shared) for own in found] == [(16, 4, 1), (32, 8, 1), (32, 12, 0)]
+    assert all(own.seed == 7 and not own.overrides for own in found)
+
+
+def test_overrides_that_do_not_fit_the_config() -> None:
+    """Protects: what is fine in itself may not fit the numbers that it leaves alone."""
+    config = SparsifyConfig(num_experts=16, top_k=4, overrides={"a": {"num_experts": 2}})
+    with pytest.raises(ValueError, match=r"top_k must be between 1 and num_experts \(2\), got 4"):
+        config.for_layer("a")
+    assert config.for_layer("b").num_experts == 16
+
+
+def test_a_config_is_made_again_from_its_fields() -> None:
+    """Protects: the fields that conversion.json holds are arguments of `SparsifyConfig`."""
+    config = SparsifyConfig(select=("a", "b"), overrides={"a": {"num_experts": 8}, "*": {"top_k": 2}})
+    assert SparsifyConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert dataclasses.replace(config, seed=1).overrides == config.overrides
