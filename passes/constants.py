@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from sparsify.passes.graph_values import as_node, fake_tensor, is_in_place
+from sparsify.passes.graph_values import as_node, fake_tensor, is_in_place, op_name
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ _VIEWS = frozenset(
         "t", "transpose", "permute", "numpy_T", "mT", "movedim", "swapaxes", "swapdims", "view", "reshape",
         "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "select", "slice", "narrow", "chunk", "split",
         "split_with_sizes", "tensor_split", "unbind", "expand", "contiguous", "clone", "to", "_to_copy", "type_as",
-        "detach", "alias", "lift_fresh_copy",
+        "detach", "detach_", "alias", "lift_fresh_copy",
     }
 )  # fmt: skip
 
@@ -89,7 +89,9 @@ class _Text(str):
 def _computes_purely(node: Node) -> bool:
     if node.target is operator.getitem:
         return True
-    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten" or is_in_place(node):
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
+        return False
+    if is_in_place(node) and op_name(node) != "detach_":
         return False
     return torch.Tag.nondeterministic_seeded not in node.target.tags
 

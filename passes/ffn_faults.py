@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch.fx import Node
 
 from sparsify.passes.ffn_region import Region
-from sparsify.passes.graph_values import as_node, fake_tensor, is_in_place, op_name, size_at, sizes_of
+from sparsify.passes.graph_values import as_node, fake_tensor, is_in_place, op_name, sizes_of
 from sparsify.passes.linear_layer import read_linear
-from sparsify.passes.neuron_axes import layout_source
+from sparsify.passes.neuron_axes import Neurons, follow_back, layout_source
 from sparsify.passes.neuron_wise import is_neuron_wise
 
 
@@ -38,7 +39,7 @@ def _input_faults(region: Region) -> Iterator[tuple[Node, str]]:
     for layer in (part.layer for part in region.parts[1:]):
         if _tokens_of(layer.x, layer.axis) == _tokens_of(first.x, first.axis):
             continue
-        if read_linear(_source(layer.x)) is not None:
+        if read_linear(_uncopied(layer.x)) is not None:
             yield layer.node, "a low-rank adapter adds to its projection: merge the adapter into the weight first"
         yield layer.node, "its projections read different inputs"
 
@@ -97,23 +98,26 @@ def _storage(node: Node) -> Node:
     return node
 
 
-def _tokens_of(x: Node, axis: int) -> tuple[Node, int]:
-    """The value without what regroups its tokens, so that two views of one tensor compare equal."""
-    return _source(x), axis
-
-
-def _source(node: Node) -> Node:
+def _tokens_of(x: Node, axis: int) -> tuple[Node, object]:
+    """Equal for values that hold the same tokens, whatever arranges them: where the features lie in their source."""
+    sizes = sizes_of(x)
+    neurons = Neurons((len(sizes) + axis,), torch.arange(int(sizes[axis])), tuple(range(len(sizes) - 1)))
     while True:
-        source = layout_source(node)
-        regroups = source is not None and op_name(node) in ("view", "reshape", "_unsafe_view", "flatten", "unsqueeze")
-        if regroups and source is not None and size_at(source, -1) == size_at(node, -1) is not None:
-            node = source
-            continue
-        inert = op_name(node) in ("contiguous", "clone", "alias", "detach", "dropout", "to")
-        dims = tuple(range(len(sizes_of(node)))) if fake_tensor(node) is not None else ()
-        if not inert or not is_neuron_wise(node, dims) or _changes_dtype(node):
+        x = _uncopied(x)
+        source = layout_source(x)
+        before = None if source is None else follow_back(x, neurons)
+        if source is None or before is None or isinstance(before, str):
+            return x, neurons.key
+        x, neurons = source, before
+
+
+def _uncopied(node: Node) -> Node:
+    """The value before it was copied."""
+    while op_name(node) in ("contiguous", "clone", "alias", "detach", "dropout", "to"):
+        if not is_neuron_wise(node, ()) or _changes_dtype(node):
             return node
         node = as_node(node.args[0])
+    return node
 
 
 def _changes_dtype(node: Node) -> bool:

@@ -180,20 +180,28 @@ class _Parameters:
 
 
 def _output_shape(graph: Graph, x: Node, down: Node, site: Site) -> list[Node | int]:
-    """The shape of the output with its features last; dynamic sizes are read from `x`, and one may be left as -1."""
-    known = {str(size): dim for dim, size in enumerate(x.meta["val"].shape) if dim - x.meta["val"].dim() != site.x_axis}
+    """The shape of the output with its features last; dynamic sizes are read off `x` or an earlier value that has them.
+
+    One may be left as -1.
+    """
     value = down.meta["val"]
     shape: list[Node | int] = []
     for size in value.movedim(site.down_axis, -1).shape:
         fixed = fixed_size(size)
-        if fixed is not None:
-            shape.append(fixed)
-            continue
-        dim = known.get(str(size))
-        shape.append(-1 if dim is None else graph.call_function(aten.sym_size.int, (x, dim)))
+        shape.append(_read_size(graph, x, str(size)) if fixed is None else fixed)
     if shape.count(-1) > 1:
         raise PassError(f"the sizes {list(value.shape)} of `{down.name}` do not follow from `{x.name}`")
     return shape
+
+
+def _read_size(graph: Graph, x: Node, wanted: str) -> Node | int:
+    """A node that holds the size, or -1 where nothing before the FFN has it."""
+    for node in (x, *graph.find_nodes(op="placeholder"), *(node for node in graph.nodes if node < x)):
+        value = node.meta.get("val")
+        dims = [i for i, size in enumerate(value.shape) if str(size) == wanted] if isinstance(value, Tensor) else []
+        if dims:
+            return graph.call_function(aten.sym_size.int, (node, dims[0]))
+    return -1
 
 
 def _reroute_sizes(graph: Graph, node: Node) -> None:

@@ -1,7 +1,7 @@
 """Follow the neurons of an FFN backwards through nodes that only arrange numbers: views, transposes, chunks, slices.
 
 `down_proj` reads F neurons along one axis. Where do these lie in the input of a view, and which of them does a slice
-take? Tokens must keep their order on the way, as experts write their outputs in the order in which they read.
+take? Tokens must be in their order again at the projections, as experts write in the order in which they read.
 """
 
 from __future__ import annotations
@@ -33,15 +33,23 @@ class Neurons:
     Attributes:
         dims: the dimensions that count neurons, ascending; all others count tokens.
         index: `[F]` int64, the place of each neuron in these dimensions, flattened.
+        tokens: for each dimension that counts tokens, its place among them where the walk began.
     """
 
     dims: tuple[int, ...]
     index: Tensor
+    tokens: tuple[int, ...]
 
     @property
-    def key(self) -> tuple[tuple[int, ...], bytes]:
+    def key(self) -> tuple[tuple[int, ...], bytes, tuple[int, ...]]:
         """Equal for equal places."""
-        return self.dims, self.index.numpy().tobytes()
+        return self.dims, self.index.numpy().tobytes(), self.tokens
+
+    def in_order(self, shape: Sequence[int | str]) -> bool:
+        """The tokens of a tensor of this shape follow one another as where the walk began."""
+        sizes = [size for dim, size in enumerate(shape) if dim not in self.dims]
+        long = [token for token, size in zip(self.tokens, sizes, strict=True) if size != 1]
+        return long == sorted(long)
 
 
 def layout_source(node: Node) -> Node | None:
@@ -77,11 +85,9 @@ def _through_permutation(node: Node, neurons: Neurons) -> Neurons | str:
         return "has too many dimensions to follow"
     moved = node.target(torch.empty(primes, device="meta"), *node.args[1:], **node.kwargs)
     origin = [primes.index(size) for size in moved.shape]
-    tokens = [origin[i] for i in range(len(origin)) if i not in neurons.dims and source[origin[i]] != 1]
-    if tokens != sorted(tokens):
-        return "brings the tokens into another order between the projections"
     places = dict(zip([origin[dim] for dim in neurons.dims], _places(sizes_of(node), neurons), strict=True))
-    return _at(source, places)
+    labels = dict(zip((origin[i] for i in range(len(origin)) if i not in neurons.dims), neurons.tokens, strict=True))
+    return _at(source, places, tuple(labels[dim] for dim in sorted(labels)))
 
 
 def _through_take(node: Node, neurons: Neurons) -> Neurons | str:
@@ -127,7 +133,7 @@ def _through_select(
     before = [d if d < dim else d + 1 for d in neurons.dims]
     found = dict(zip(before, places, strict=True))
     found[dim] = torch.full_like(neurons.index, index % size)
-    return _at(source, found)
+    return _at(source, found, neurons.tokens)
 
 
 def _through_range(
@@ -136,20 +142,24 @@ def _through_range(
     places = dict(zip(neurons.dims, _places(shape, neurons), strict=True))
     if dim not in places and len(taken) != 1:
         return "takes a part of the tokens"
+    others = [d for d in range(len(shape)) if d not in neurons.dims]
+    tokens = tuple(token for token, d in zip(neurons.tokens, others, strict=True) if d != dim)
     old = places.get(dim, torch.zeros_like(neurons.index))
     places[dim] = taken.start + taken.step * old
-    return _at(source, places)
+    return _at(source, places, tokens)
 
 
 def _through_view(node: Node, neurons: Neurons) -> Neurons | str:
     """The same numbers in row-major order: find the dimensions that hold the block of neurons."""
     source, shape = sizes_of(as_node(node.args[0])), sizes_of(node)
     first, last = neurons.dims[0], neurons.dims[-1]
-    if neurons.dims != tuple(range(first, last + 1)):
+    if neurons.dims != tuple(range(first, last + 1)) or not neurons.in_order(shape):
         return "mixes neurons with tokens"
     count = math.prod(int(shape[dim]) for dim in neurons.dims)
     dims = _block_before(source, shape[last + 1 :], count) or _block_after(source, shape[:first], count)
-    return Neurons(dims, neurons.index) if dims else "mixes neurons with tokens"
+    if not dims:
+        return "mixes neurons with tokens"
+    return Neurons(dims, neurons.index, tuple(range(len(source) - len(dims))))
 
 
 def _block_before(source: list[int | str], after: list[int | str], count: int) -> tuple[int, ...] | None:
@@ -190,13 +200,13 @@ def _places(shape: Sequence[int | str], neurons: Neurons) -> list[Tensor]:
     return list(torch.unravel_index(neurons.index, sizes))
 
 
-def _at(shape: Sequence[int | str], places: dict[int, Tensor]) -> Neurons:
+def _at(shape: Sequence[int | str], places: dict[int, Tensor], tokens: tuple[int, ...]) -> Neurons:
     """Flatten places, given by dimension, into an index."""
     dims = tuple(sorted(places))
     index = torch.zeros_like(next(iter(places.values())))
     for dim in dims:
         index = index * int(shape[dim]) + places[dim]
-    return Neurons(dims, index)
+    return Neurons(dims, index, tokens)
 
 
 def _is_idle_expand(node: Node) -> bool:

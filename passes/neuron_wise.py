@@ -80,13 +80,13 @@ def out_of_place(target: Target) -> Target:
 def _glu(graph: Graph, node: Node, neurons: Neurons, emit: Emit) -> Node:
     source, width = as_node(node.args[0]), int(sizes_of(node)[neurons.dims[0]])
     value = emit(source, neurons)
-    gate = emit(source, Neurons(neurons.dims, neurons.index + width))
+    gate = emit(source, Neurons(neurons.dims, neurons.index + width, neurons.tokens))
     return graph.call_function(aten.mul.Tensor, (value, graph.call_function(aten.sigmoid.default, (gate,))))
 
 
 def _batch_norm(graph: Graph, node: Node, neurons: Neurons, emit: Emit) -> Node:
     given, call = arguments(node), graph.call_function
-    by_channel = Neurons((0,), neurons.index)
+    by_channel = Neurons((0,), neurons.index, ())
     variance = call(aten.add.Scalar, (emit(given["running_var"], by_channel), given["eps"]))
     centred = call(aten.sub.Tensor, (emit(given["input"], neurons), emit(given["running_mean"], by_channel)))
     y = call(aten.mul.Tensor, (centred, call(aten.rsqrt.default, (variance,))))
@@ -97,7 +97,7 @@ def _batch_norm(graph: Graph, node: Node, neurons: Neurons, emit: Emit) -> Node:
 
 def _prelu(graph: Graph, node: Node, neurons: Neurons, emit: Emit) -> Node:
     given, call = arguments(node), graph.call_function
-    value, slope = emit(given["self"], neurons), emit(given["weight"], Neurons((0,), neurons.index))
+    value, slope = emit(given["self"], neurons), emit(given["weight"], Neurons((0,), neurons.index, ()))
     negative = call(aten.mul.Tensor, (value, slope))
     return call(aten.where.self, (call(aten.gt.Scalar, (value, 0)), value, negative))
 

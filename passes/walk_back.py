@@ -31,7 +31,8 @@ def find_region(down: LinearLayer) -> Region:
     width = size_at(down.x, down.axis)
     if width is None:
         return region
-    neurons = Neurons((len(sizes_of(down.x)) + down.axis,), torch.arange(width))
+    rank = len(sizes_of(down.x))
+    neurons = Neurons((rank + down.axis,), torch.arange(width), tuple(range(rank - 1)))
     walk = _Walk(region)
     walk.finish(walk.emit(down.x, neurons))
     return region
@@ -41,7 +42,7 @@ def find_region(down: LinearLayer) -> Region:
 class _Walk:
     region: Region
     graph: Graph = field(default_factory=Graph)
-    emitted: dict[tuple[Node, tuple[tuple[int, ...], bytes]], Node] = field(default_factory=lambda: {})
+    emitted: dict[tuple[Node, object], Node] = field(default_factory=lambda: {})
     visited: set[Node] = field(default_factory=set[Node])
     inputs: dict[Part | Vector, Node] = field(default_factory=lambda: {})
 
@@ -84,6 +85,8 @@ class _Walk:
             return self._look_behind(node, neurons, reason)
         if neurons.dims != (axis,):
             return self._foreign(node, "is read across tokens")
+        if not neurons.in_order(sizes_of(node)):
+            return self._foreign(node, "is read with its tokens in another order")
         if layer is None:
             reason = f"`{node.name}` has one matrix per group or expert, as experts of a Mixture-of-Experts layer have"
             self.region.blocked.append((node, reason))
@@ -124,7 +127,7 @@ class _Walk:
         if any(padded[dim] != size for dim, size in enumerate(shape) if dim not in neurons.dims):
             reason = f"`{node.name}` broadcasts over tokens, so a token is not processed by itself"
             self.region.blocked.append((node, reason))
-        return self.emit(operand, Neurons(dims, neurons.index))
+        return self.emit(operand, Neurons(dims, neurons.index, neurons.tokens[shift:]))
 
     def _emit_blocked(self, node: Node, neurons: Neurons) -> Node:
         if node.op == "placeholder":
@@ -191,4 +194,4 @@ def _broadcast(neurons: Neurons, shape: Sequence[int | str], sizes: Sequence[int
     index = torch.zeros_like(neurons.index)
     for dim, place in zip(neurons.dims, places, strict=True):
         index = index * int(sizes[dim]) + (place if sizes[dim] != 1 else 0)
-    return Neurons(tuple(dim - shift for dim in neurons.dims if dim >= shift), index)
+    return Neurons(tuple(dim - shift for dim in neurons.dims if dim >= shift), index, ())
