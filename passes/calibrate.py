@@ -172,9 +172,10 @@ def _token_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 def _select(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """`[..., D]` to `[T, D]`, without the padding where the mask speaks of these tokens."""
-    if mask is not None and tokens.shape[:-1] == mask.shape:
-        return tokens[mask]
-    return tokens.reshape(-1, tokens.shape[-1])
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    if mask is not None and tokens.shape[:-1] in (mask.shape, (mask.numel(),)):  # as it is, or flattened before
+        return flat[mask.flatten()]
+    return flat
 
 
 def _flatten(graph_module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparsify.passes.constants import constant_value, is_constant, is_quantised, parameter_at, weight_source
-from sparsify.passes.graph_values import arguments, as_node, fake_tensor, size_at
+from sparsify.passes.graph_values import arguments, as_node, fake_tensor, op_name, size_at
 
 aten = torch.ops.aten
 
@@ -95,15 +95,27 @@ def read_linear(node: Node) -> LinearLayer | None:
     return LinearLayer(node, as_node(given["input"]), as_node(given["weight"]), given["bias"], -1 - dims)
 
 
-def grouped_axis(node: Node) -> int | None:
-    """The axis of the features of a layer that has one matrix per group: a grouped convolution, experts; else None."""
+def read_grouped(node: Node) -> LinearLayer | None:
+    """A layer with one matrix per group: a grouped convolution, experts of a Mixture-of-Experts layer; else None."""
     dims = _pointwise_dims(node)
     if dims is not None:
-        return -1 - dims
-    if node.target not in _BATCHED:
+        given = arguments(node)
+        return LinearLayer(node, as_node(given["input"]), as_node(given["weight"]), given["bias"], -1 - dims)
+    if node.target not in _BATCHED or len(node.all_input_nodes) < 2:
         return None
-    matrices = [argument for argument in node.all_input_nodes if is_constant(argument) and _rank(argument) == 3]
-    return -1 if matrices and len(matrices) < len(node.all_input_nodes) else None
+    weight = next((operand for operand in node.all_input_nodes if _is_bank(operand)), None)
+    x = next((operand for operand in node.all_input_nodes if not _is_bank(operand)), None)
+    if weight is None or x is None or is_constant(x):
+        return None
+    comes_first = node.target is not aten.baddbmm.default and node.all_input_nodes[0] is weight
+    return LinearLayer(node, x, weight, None, -2 if comes_first else -1)
+
+
+def _is_bank(node: Node) -> bool:
+    """Several matrices `[E, .., ..]`, or those of them that the input selects."""
+    while op_name(node) in ("index", "index_select", "embedding", "transpose", "mT", "to", "contiguous"):
+        node = node.all_input_nodes[0]
+    return _rank(node) == 3 and is_constant(node)
 
 
 def _pointwise_dims(node: Node) -> int | None:

@@ -18,7 +18,7 @@ from sparsify.passes.constants import describe_constant, weight_source
 from sparsify.passes.ffn_faults import find_fault
 from sparsify.passes.ffn_region import Part, Region
 from sparsify.passes.graph_values import size_at
-from sparsify.passes.linear_layer import LinearLayer, grouped_axis, read_linear
+from sparsify.passes.linear_layer import read_grouped, read_linear
 from sparsify.passes.walk_back import find_region
 
 
@@ -161,10 +161,7 @@ def match_ffn(graph_module: GraphModule) -> tuple[list[FFNMatch], list[Rejection
 
 def _resembling(down: Node) -> Region | None:
     """The region of something that is an FFN, or nearly; None where nothing resembles one."""
-    layer = read_linear(down)
-    axis = grouped_axis(down) if layer is None else None
-    if axis is not None:
-        layer = LinearLayer(down, down.all_input_nodes[0], down.all_input_nodes[-1], None, axis)
+    layer = read_linear(down) or read_grouped(down)
     if layer is None:
         return None
     region = find_region(layer)

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from sparsify.passes.constants import is_constant
 from sparsify.passes.ffn_region import FOREIGN, Part, Region, Vector
 from sparsify.passes.graph_values import as_node, fake_tensor, op_name, size_at, sizes_of
-from sparsify.passes.linear_layer import LinearLayer, grouped_axis, read_linear
+from sparsify.passes.linear_layer import LinearLayer, read_grouped, read_linear
 from sparsify.passes.neuron_axes import Neurons, follow_back, layout_source
 from sparsify.passes.neuron_wise import DECOMPOSED, is_neuron_wise, out_of_place
 
@@ -59,9 +59,9 @@ class _Walk:
             return self._foreign(node, "ends a long chain of sums")
         if is_constant(node):
             return self._emit_constant(node, neurons)
-        layer = read_linear(node)
-        if layer is not None or grouped_axis(node) is not None:
-            return self._emit_layer(node, layer, neurons)
+        layer = read_linear(node) or read_grouped(node)
+        if layer is not None:
+            return self._emit_layer(layer, neurons)
         source = layout_source(node)
         if source is not None:
             return self._emit_layout(node, source, neurons)
@@ -76,10 +76,10 @@ class _Walk:
         copied.meta.clear()
         return copied
 
-    def _emit_layer(self, node: Node, layer: LinearLayer | None, neurons: Neurons) -> Node:
-        """A projection. Without a `layer` it has several matrices; the walk goes on to say so."""
-        from_end = layer.axis if layer is not None else grouped_axis(node) or -1
-        axis = len(sizes_of(node)) + from_end
+    def _emit_layer(self, layer: LinearLayer, neurons: Neurons) -> Node:
+        """A projection, or something else that a linear layer does."""
+        node = layer.node
+        axis = len(sizes_of(node)) + layer.axis
         if axis not in neurons.dims:
             reason = f"`{node.name}` mixes tokens between the projections, so a token is not processed by itself"
             return self._look_behind(node, neurons, reason)
@@ -87,10 +87,9 @@ class _Walk:
             return self._foreign(node, "is read across tokens")
         if not neurons.in_order(sizes_of(node)):
             return self._foreign(node, "is read with its tokens in another order")
-        if layer is None:
+        if read_linear(node) is None:
             reason = f"`{node.name}` has one matrix per group or expert, as experts of a Mixture-of-Experts layer have"
             self.region.blocked.append((node, reason))
-            layer = LinearLayer(node, node.all_input_nodes[0], node.all_input_nodes[-1], None, from_end)
         self.region.interior.add(node)
         return self._input(Part(layer, tuple(neurons.index.tolist())))
 
@@ -133,6 +132,9 @@ class _Walk:
         if node.op == "placeholder":
             self.region.blocked.append((node, f"the input `{node.name}` is mixed in between the projections"))
             return self._placeholder()
+        if op_name(node) in ("index", "index_select", "embedding") and is_constant(node.all_input_nodes[0]):
+            self.region.blocked.append((node, f"`{node.name}` takes parameters that the input selects, as routers do"))
+            return self.graph.placeholder(f"selected_{len(self.graph.nodes)}")
         varying = [argument for argument in node.all_input_nodes if not is_constant(argument)]
         if len([argument for argument in varying if fake_tensor(argument) is not None]) != 1:
             return self._foreign(node, "mixes in values from elsewhere")

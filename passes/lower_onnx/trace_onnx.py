@@ -61,7 +61,8 @@ def _simplified(model: ir.Model) -> ir.Model:
     They cost most of the export of a deep model and onnxruntime, which has rules of its own, runs as fast without.
     """
     common.InlinePass()(model)
-    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
+    if not any(node.op_type == "SplitToSequence" for node in model.graph):  # the folder cannot take its outputs apart
+        optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)

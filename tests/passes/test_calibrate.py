@@ -104,3 +104,22 @@ def test_another_structure(model: Model) -> None:
     """Protects: the message shows what the batch has and what the model was captured with."""
     with pytest.raises(CalibrationError, match=r"batch 0 has 0 positional inputs and the keywords \['x'\].*1 and"):
         stream(model, {"x": X})
+
+
+def test_padding_is_left_out_of_flattened_tokens() -> None:
+    """Protects: an FFN that reads flattened tokens (as GPT-2's does) and its residual see the same tokens."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            y = self.down(torch.relu(self.up(x.reshape(-1, 3)))).view(x.shape)
+            return x + y * attention_mask.unsqueeze(-1)
+
+    mask = torch.tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    run = stream(Flat(), ((X,), {"attention_mask": mask}))
+    flat, whole = run.tokens_at([("reshape", -1), ("x", -1)], "ffn")
+    torch.testing.assert_close(flat, whole)
+    assert len(flat) == 8
