@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers  # noqa: F401 - before the baseline is taken
 import typer
 from torch import nn
-
-import transformers  # noqa: F401 - before the baseline is taken
 
 from sparsify import SparsifyConfig, sparsify
 from sparsify.models.load import load

@@ -60,19 +60,21 @@ class InsertMoEPass(Pass):
         nodes = {node.name: node for node in graph_module.graph.nodes}
         read_before = _read_tensors(graph_module)
         self._register(graph_module, [nodes[vector.node] for vector in self.match.vectors])
+        dying = {nodes[name] for site in self.match.sites for name in site.interior}
         for site in self.match.sites:
             down = nodes[site.down]
             with graph_module.graph.inserting_before(down):
-                output = self._build(graph_module, nodes[site.x], down, site)
+                shape = _output_shape(graph_module.graph, nodes[site.x], down, site, dying)
+                output = self._build(graph_module, nodes[site.x], shape, site)
             output.meta.update(down.meta)
             down.replace_all_uses_with(output)
             nodes[site.down] = output
-            for node in (nodes[name] for name in site.interior):
-                _reroute_sizes(graph_module.graph, node)
+            for name in site.interior:
+                _reroute_sizes(nodes[name], dying)
             graph_module.graph.erase_node(down)
             output.name = site.down  # what other matches read keeps its name
         graph_module.graph.eliminate_dead_code()
-        _erase_in_place(graph_module.graph, [nodes[name] for site in self.match.sites for name in site.interior])
+        _erase_in_place(graph_module.graph, dying)
         _forget(graph_module, read_before)
         return PassResult(graph_module, modified=True)
 
@@ -106,7 +108,7 @@ class InsertMoEPass(Pass):
             holder.register_parameter(name, nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=requires_grad))
         return holder
 
-    def _build(self, graph_module: GraphModule, x: Node, down: Node, site: Site) -> Node:
+    def _build(self, graph_module: GraphModule, x: Node, shape: list[Node | int], site: Site) -> Node:
         graph, name = graph_module.graph, self.match.name
         call = graph.call_function
         tokens = x if site.x_axis == -1 else call(aten.movedim.int, (x, site.x_axis, -1))
@@ -129,7 +131,7 @@ class InsertMoEPass(Pass):
             y = call(aten.add.Tensor, (y, self._shared(graph_module, flat)))
         bias = parameters.get("bias")
         y = y if bias is None else call(aten.add.Tensor, (y, bias))
-        y = call(aten.reshape.default, (y, _output_shape(graph, x, down, site)))
+        y = call(aten.reshape.default, (y, shape))
         return y if site.down_axis == -1 else call(aten.movedim.int, (y, -1, site.down_axis))
 
     def _row_vectors(self, graph: Graph, parameters: _Parameters, expert_ids: Node, order: Node) -> list[Node]:
@@ -179,7 +181,7 @@ class _Parameters:
         return self[name] if hasattr(self._module, name) else None
 
 
-def _output_shape(graph: Graph, x: Node, down: Node, site: Site) -> list[Node | int]:
+def _output_shape(graph: Graph, x: Node, down: Node, site: Site, dying: set[Node]) -> list[Node | int]:
     """The shape of the output with its features last; dynamic sizes are read off `x` or an earlier value that has them.
 
     One may be left as -1.
@@ -188,45 +190,42 @@ def _output_shape(graph: Graph, x: Node, down: Node, site: Site) -> list[Node | 
     shape: list[Node | int] = []
     for size in value.movedim(site.down_axis, -1).shape:
         fixed = fixed_size(size)
-        shape.append(_read_size(graph, x, str(size)) if fixed is None else fixed)
+        if fixed is not None:
+            shape.append(fixed)
+            continue
+        place = _find_size(x, str(size), dying)
+        shape.append(-1 if place is None else graph.call_function(aten.sym_size.int, place))
     if shape.count(-1) > 1:
         raise PassError(f"the sizes {list(value.shape)} of `{down.name}` do not follow from `{x.name}`")
     return shape
 
 
-def _read_size(graph: Graph, x: Node, wanted: str) -> Node | int:
-    """A node that holds the size, or -1 where nothing before the FFN has it."""
-    for node in (x, *graph.find_nodes(op="placeholder"), *(node for node in graph.nodes if node < x)):
-        value = node.meta.get("val")
-        dims = [i for i, size in enumerate(value.shape) if str(size) == wanted] if isinstance(value, Tensor) else []
+def _find_size(node: Node, wanted: str, dying: set[Node]) -> tuple[Node, int] | None:
+    """A value with that size, and in which dimension: `node` itself, an input of the graph, or what comes before."""
+    graph = node.graph
+    for other in (node, *graph.find_nodes(op="placeholder"), *(other for other in graph.nodes if other < node)):
+        value = other.meta.get("val")
+        if other in dying or not isinstance(value, Tensor):
+            continue
+        dims = [i for i, size in enumerate(value.shape) if str(size) == wanted]
         if dims:
-            return graph.call_function(aten.sym_size.int, (node, dims[0]))
-    return -1
+            return other, dims[0]
+    return None
 
 
-def _reroute_sizes(graph: Graph, node: Node) -> None:
-    """Sizes that others read off an intermediate value are read off an input of the graph that has an equal one."""
+def _reroute_sizes(node: Node, dying: set[Node]) -> None:
+    """Sizes that others read off an intermediate value are read off another value that has an equal one."""
     for reader in [user for user in node.users if user.target is aten.sym_size.int]:
-        _reroute_size(graph, reader)
+        place = _find_size(node, str(reader.meta["val"]), dying)
+        if place is None:
+            raise PassError(f"`{reader.name}` reads a size of the intermediate values that nothing else has")
+        reader.args = place
 
 
-def _reroute_size(graph: Graph, reader: Node) -> None:
-    wanted = str(reader.meta["val"])
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        dims = [i for i, size in enumerate(value.shape) if str(size) == wanted] if isinstance(value, Tensor) else []
-        if dims:
-            reader.args = (node, dims[0])
-            return
-    raise PassError(f"`{reader.name}` reads a size of the intermediate values that no input of the model has")
-
-
-def _erase_in_place(graph: Graph, interior: list[Node]) -> None:
+def _erase_in_place(graph: Graph, dying: set[Node]) -> None:
     """What writes in place is never dead to fx, and holds what it reads."""
-    left = set(graph.nodes)
-    for node in reversed(interior):
-        if node in left:
-            graph.erase_node(node)
+    for node in sorted(dying & set(graph.nodes), reverse=True):
+        graph.erase_node(node)
 
 
 def _forget(graph_module: GraphModule, read_before: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""`SparseModel.graft`: experts in the original modules compute what the converted model computes, for code of the class."""
+"""`SparseModel.graft`: experts in the original modules compute what the converted model computes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Twice(nn.Module):
 
 
 def test_whole_modules() -> None:
-    """Protects: a module that is an FFN is replaced, at any size; parameters are shared; state-dict names are its own."""
+    """Protects: a module that is an FFN is replaced, at any size; parameters are shared; names are its own."""
     model = Llama(LlamaConfig()).eval()
     names = {name for name, _ in model.named_parameters()}
     sparse = sparsify(model, IDS, **OPTIONS)
@@ -94,7 +94,7 @@ def test_several_modules_and_sites(build: type[nn.Module]) -> None:
 
 
 def test_what_cannot_be_grafted_is_listed() -> None:
-    """Protects: an FFN whose activation is code of the parent stays dense there, with the reason; the rest is grafted."""
+    """Protects: an FFN whose activation is code of the parent stays dense there, with the reason."""
     model, x = Functional().eval(), torch.randn(2, 6, 3, 4)
     sparse = sparsify(model, (x,), **OPTIONS)
     report = sparse.graft(model)
@@ -139,7 +139,7 @@ def test_a_model_that_is_another_one() -> None:
 
 
 def test_state_dict_round_trip(tmp_path: Path) -> None:
-    """Protects: weights of a grafted model load into another one that was grafted, names and values; so do saved ones."""
+    """Protects: weights of a grafted model load into another one that was grafted; so do saved ones."""
     model = Llama(LlamaConfig()).eval()
     sparse = sparsify(model, IDS, **OPTIONS)
     fresh = copy.deepcopy(model)

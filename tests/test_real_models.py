@@ -49,7 +49,7 @@ def test_minilm_split(minilm: DenseModel) -> None:
 
 
 def test_smollm2_generates(smollm2: DenseModel) -> None:
-    """Protects: `generate()` with its cache on a grafted model: 64 greedy tokens as the dense model with all experts on.
+    """Protects: `generate()` with its cache on a grafted model, all experts on: 64 greedy tokens of the dense model.
 
     With 6 of 8 experts it still writes, through the same modules.
     """
