@@ -1,25 +1,35 @@
 """nn.Module -> GraphModule, by `torch.export`, with every input dimension dynamic that the model allows to be.
 
 The graph holds aten ops; weights are `get_attr` nodes that share storage with the model; nodes keep `nn_module_stack`.
+
+With dynamic shapes "auto":
+
+1. Every dimension of size 2 or more is free. What the model fixes on the way is recorded (see `fixed_dims`).
+2. Where a condition does not let a size change, though torch keeps it a symbol, trace again with it fixed.
+3. Where tracing fails, but does not with every dimension fixed, try with the first of every input free.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import re
-import traceback
 from collections.abc import Generator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import CaptureError
+from sparsify.passes.fixed_dims import SizeWatch, mark_fixed
+from sparsify.passes.foreign_values import ForwardError, foreign_outputs, refuse_foreign_inputs, traceable_forward
+from sparsify.passes.model_lines import error_frame, error_line, first_line
 
-DynamicShapes = Literal["auto"] | dict[str, Any] | tuple[Any, ...] | list[Any] | None
+DynamicShapes = Literal["auto"] | dict[str, Any] | tuple[Any, ...] | list[Any] | ShapesCollection | None
+_Dims = dict[tuple[int, int], str]  # (id of an input tensor, dimension) -> why it is fixed
+
+_LEFT_OUT_KEY = "sparsify_left_out"  # in the `meta` of a captured graph module
 
 
 def capture(
@@ -32,27 +42,77 @@ def capture(
 
     Args:
         model: any module that `torch.export` can trace.
-        args: example inputs. A dimension of size 0 or 1 becomes fixed: give at least 2 where it should stay dynamic.
+        args: example inputs: pytrees of tensors, numbers, strings and None. Only tensors may change between calls, and
+            of these no dimension that is 0 or 1 here: give at least 2 where it should stay dynamic.
         kwargs: example keyword inputs.
         dynamic_shapes: "auto" (every dimension that the model leaves free), or what `torch.export.export` takes.
 
     Returns:
-        A graph module with the inputs and outputs (pytrees included) of the model.
+        A graph module with the inputs and outputs (pytrees included) of the model. Objects in the output that torch
+        does not know, such as a cache, are None instead; `left_out` lists them.
 
     Raises:
         CaptureError: the example inputs do not fit the model (the message holds the model's own error), or the model
             cannot be traced (the message names the line of the model).
     """
     kwargs = kwargs or {}
-    with evaluation_mode(model), torch.no_grad():
-        _check_inputs(model, args, kwargs)
-    shapes = _auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
     with evaluation_mode(model):
+        foreign = foreign_outputs(model, run_model(model, args, kwargs))
+        try:
+            with traceable_forward(model, drop_foreign=bool(foreign)):
+                graph_module = _trace(model, args, kwargs, dynamic_shapes)
+        except Exception as error:
+            refuse_foreign_inputs(model, args, kwargs)
+            raise CaptureError(_trace_message(model, error)) from error
+    graph_module.meta[_LEFT_OUT_KEY] = foreign
+    return graph_module
+
+
+def left_out(graph_module: GraphModule) -> tuple[str, ...]:
+    """Outputs of the model for which the captured graph returns None, such as "past_key_values (DynamicCache)"."""
+    return graph_module.meta.get(_LEFT_OUT_KEY, ())
+
+
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: DynamicShapes
+) -> GraphModule:
+    if dynamic_shapes != "auto":
+        return _export(model, args, kwargs, dynamic_shapes, {})[0]
+    try:
+        return _trace_free(model, args, kwargs, {})
+    except Exception as error:
+        first = error
+    fixed = dict.fromkeys(_dims(args, kwargs), f"tracing with every size free failed at {error_line(first)}")
+    try:
+        static = _trace_free(model, args, kwargs, fixed)
+    except Exception:
+        raise first from None
+    try:
+        return _trace_free(model, args, kwargs, {key: reason for key, reason in fixed.items() if key[1] > 0})
+    except Exception:
+        return static
+
+
+def _trace_free(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: _Dims) -> GraphModule:
+    """Trace with all dimensions free but the fixed ones, and those that cannot change anyway."""
+    shapes = ShapesCollection()
+    for tensor in _tensors(args, kwargs):
+        free = [dim for dim, size in enumerate(tensor.shape) if size > 1 and (id(tensor), dim) not in fixed]
+        shapes[tensor] = dict.fromkeys(free, Dim.AUTO)
+    graph_module, implied = _export(model, args, kwargs, shapes, fixed)
+    return _trace_free(model, args, kwargs, {**fixed, **implied}) if implied else graph_module
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, fixed: _Dims
+) -> tuple[GraphModule, _Dims]:
+    with SizeWatch() as watch:
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            raise CaptureError(_trace_message(model, error)) from error
-    return _plain(exported.module())
+        except ForwardError as stopped:
+            raise stopped.__cause__ or stopped from None
+    graph_module = _plain(exported.module())
+    return graph_module, mark_fixed(graph_module, pytree.tree_leaves((args, kwargs)), watch, fixed)
 
 
 def _plain(graph_module: GraphModule) -> GraphModule:
@@ -67,19 +127,24 @@ def _plain(graph_module: GraphModule) -> GraphModule:
     return plain
 
 
-def _auto_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`Dim.AUTO` on every dimension of every example tensor, by the names of the parameters of `forward`."""
-
-    def spec(leaf: object) -> dict[int, Any] | None:
-        return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
-
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return pytree.tree_map(spec, dict(arguments))
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
-def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    return [(id(tensor), dim) for tensor in _tensors(args, kwargs) for dim, size in enumerate(tensor.shape) if size > 1]
+
+
+def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The output for copies of the inputs, which the model may write to.
+
+    Raises:
+        CaptureError: the inputs do not fit.
+    """
+    args_copy, kwargs_copy = pytree.tree_map_only(Tensor, lambda tensor: tensor.clone(), (args, kwargs))
     try:
-        model(*args, **kwargs)
+        with torch.no_grad():
+            return model(*args_copy, **kwargs_copy)
     except Exception as error:
         given = ", ".join([*map(_describe, args), *(f"{name}={_describe(value)}" for name, value in kwargs.items())])
         raise CaptureError(
@@ -95,29 +160,13 @@ def _describe(value: object) -> str:
 
 
 def _trace_message(model: nn.Module, error: Exception) -> str:
+    frame = error_frame(error)
+    line = f"{frame.filename}:{frame.lineno}, `{frame.line}`" if frame else "somewhere in its forward"
     return (
-        f"{type(model).__name__} cannot be traced: {_model_line(error)}: {_first_line(error)}. torch.export must see "
-        "the whole forward pass without branches on tensor values; rewrite that line with torch.where or torch.cond, "
-        "or convert the submodule that holds the FFNs."
+        f"{type(model).__name__} cannot be traced: {line}: {first_line(error)}. torch.export must see the whole "
+        "forward pass without branches on tensor values; rewrite that line with torch.where or torch.cond, or convert "
+        "the submodule that holds the FFNs."
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-def _model_line(error: Exception) -> str:
-    """The innermost line outside torch, found in the traceback or, for errors of the tracer, in the message."""
-    frames = traceback.extract_tb(error.__traceback__)
-    torch_root = torch.__path__[0]
-    own = [frame for frame in frames if not frame.filename.startswith((torch_root, "<")) and frame.line]
-    own = [frame for frame in own if not frame.filename.endswith(("passes/capture.py", "contextlib.py"))]
-    if own and own[-1].name != "capture":
-        return f"{own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`"
-    named = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
-    named = [(file, line) for file, line in named if not file.startswith(torch_root)]
-    return f"{named[-1][0]}:{named[-1][1]}" if named else "somewhere in its forward"
 
 
 @contextlib.contextmanager

@@ -103,11 +103,11 @@ def convert(
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
         result = split_ffn(dense, fit, measured, options, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
-        before = list(graph_module.parameters())
+        before, last_down = list(graph_module.parameters()), [site.down for site in match.sites][-1]
         InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad)(graph_module)
         results[match.name] = _summary(result)
         del dense, sample, fit, measured, result
-        outdated += [(match.sites[-1].down, parameter) for parameter in before] if consume else []
+        outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
         _free(outdated, graph_module)
     progress(len(todo), len(todo))

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from sparsify.config import SparsifyConfig
 from sparsify.errors import CaptureError, NoFFNError
 from sparsify.passes.calibrate import without_padding
-from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode
+from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, left_out
 from sparsify.passes.convert import ConvertedLayer, convert
+from sparsify.passes.fixed_dims import fixed_dims
 from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
 from sparsify.passes.module_cover import cover_with_modules
 from sparsify.passes.normalize_linear import NormalizeLinearPass
@@ -182,19 +183,21 @@ def _require_ffn(
 
 
 @torch.no_grad()
-def _dense_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _dense_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors alone: a graph drops caches and other objects."""
     with evaluation_mode(model):
-        return pytree.tree_leaves(model(*args, **kwargs))
+        return [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
 @torch.no_grad()
-def _output_error(expected: list[Any], sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def _output_error(expected: list[Tensor], sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Relative L2 difference to the dense outputs, all that are floating, padding left out."""
-    pairs = zip(expected, pytree.tree_leaves(sparse(*args, **kwargs)), strict=True)
+    outputs = [leaf for leaf in pytree.tree_leaves(sparse(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    pairs = zip(expected, outputs, strict=True)
     floating = [
         (without_padding(a, kwargs).double(), without_padding(b, kwargs).double())
         for a, b in pairs
-        if isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 0
+        if a.is_floating_point() and a.dim() > 0
     ]
     difference = sum(float((a - b).square().sum()) for a, b in floating)
     size = sum(float(a.square().sum()) for a, _ in floating)
@@ -256,13 +259,23 @@ def _notes(
 ) -> tuple[str, ...]:
     notes: list[str] = []
     values = pytree.tree_leaves((args, kwargs))
-    for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), values, strict=True):
+    inputs = list(zip(graph_module.graph.find_nodes(op="placeholder"), values, strict=True))
+    for node, value in inputs:
         notes += [
             f"input `{node.name}` has a fixed size of {size} in dimension {dim}, because the example has it: a size of "
             "0 or 1 cannot stay dynamic; give an example with at least 2"
             for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ())
             if size < 2
         ]
+    notes += [str(fixed) for fixed in fixed_dims(graph_module)]
+    constants = ", ".join(f"`{node.name}` = {value!r}" for node, value in inputs if not isinstance(value, Tensor))
+    if constants:
+        notes.append(f"inputs that are no tensors stay as in the example, whatever is passed: {constants}")
+    notes += [
+        f"output {output} is None in the converted model, because torch finds no tensors in that class; have the model "
+        "return a tuple or dict instead, or register the class (torch.utils._pytree.register_pytree_node) to keep it"
+        for output in left_out(graph_module)
+    ]
     if not any(layer.converts for layer in plan.layers):
         notes.append("nothing was converted: every FFN stays dense for the reason given; see select=")
     elif weights_only:

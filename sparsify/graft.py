@@ -74,7 +74,8 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
             skipped[name] = reason
             continue
         experts = grafted_ffn(sparse, name, cover, _parameter(calls[cover.modules[0]]))
-        replacements[name] = {path: nn.Identity() for path in cover.modules} | {cover.modules[0]: experts}
+        replacements[name] = {path: nn.Identity() for path in cover.modules}
+        replacements[name][cover.modules[0]] = experts
     skipped |= _replace_all(model, sparse, replacements)
     done = {name: covers[name].modules for name in replacements if name not in skipped}
     return GraftReport(done, skipped)
@@ -118,13 +119,18 @@ def _difference(model: nn.Module, sparse: SparseModel) -> float:
     """Largest difference of the floating outputs, relative to the largest value of each."""
     args, kwargs = sparse.info.args, sparse.info.kwargs
     with evaluation_mode(model), evaluation_mode(sparse):
-        outputs = pytree.tree_leaves(model(*args, **kwargs)), pytree.tree_leaves(sparse(*args, **kwargs))
+        outputs = [_tensors(model(*args, **kwargs)), _tensors(sparse(*args, **kwargs))]
     worst = 0.0
     for a, b in zip(*outputs, strict=True):
-        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+        if a.is_floating_point() and a.numel():
             size = b.double().abs().max().clamp(min=1e-30)
             worst = max(worst, float((a.double() - b.double()).abs().max() / size))
     return worst
+
+
+def _tensors(outputs: object) -> list[Tensor]:
+    """A graph drops caches and other objects."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 @torch.no_grad()

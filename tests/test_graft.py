@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from sparsify.models.dense_model import DenseModel
 from sparsify.models.llama import Llama, LlamaConfig
 
 IDS = torch.randint(0, 256, (2, 5))
-OPTIONS = {"num_experts": 4, "top_k": 2, "select": "all", "router_hidden_size": 4}
+OPTIONS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "select": "all", "router_hidden_size": 4}
 
 
 class Channels(nn.Module):
@@ -113,7 +114,7 @@ class Peeks(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(6, 13), nn.ReLU(), nn.Linear(13, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ffn(x.to(self.ffn[0].weight.dtype))
+        return self.ffn(x.to(self.ffn.get_parameter("0.weight").dtype))
 
 
 def test_a_parent_that_reads_the_dense_weights() -> None:
@@ -160,12 +161,12 @@ def test_save_pretrained_and_from_pretrained(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model: Any = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 99, (2, 7))
     sparse = sparsify(model, kwargs={"input_ids": ids, "use_cache": False}, **OPTIONS)
     sparse.graft(model)
     model.save_pretrained(tmp_path)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    again: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     sparse.graft(again)
     again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     torch.testing.assert_close(again(ids).logits, model(ids).logits)

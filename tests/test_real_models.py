@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,11 +54,12 @@ def test_smollm2_generates(smollm2: DenseModel) -> None:
 
     With 6 of 8 experts it still writes, through the same modules.
     """
-    model = copy.deepcopy(smollm2.model)
+    dense: Any = smollm2.model
+    model: Any = copy.deepcopy(dense)
     sparse = sparsify(model, smollm2.args, smollm2.kwargs, num_experts=8, top_k=8, refit=False, router_hidden_size=8)
     prompt = smollm2.held_out[0]["input_ids"][:1, :16]
-    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "use_cache": True}
-    expected = smollm2.model.generate(prompt, **options)
+    options: dict[str, Any] = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "use_cache": True}
+    expected = dense.generate(prompt, **options)
     report = sparse.graft(model)
     assert len(report.grafted) == 30
     assert torch.equal(model.generate(prompt, **options), expected)

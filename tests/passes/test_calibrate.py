@@ -33,7 +33,7 @@ def model() -> Model:
     return Model().eval()
 
 
-def stream(model: Model, *batches: object) -> CalibrationStream:
+def stream(model: nn.Module, *batches: object) -> CalibrationStream:
     return CalibrationStream(capture(model, (X,), {"attention_mask": MASK}), batches)
 
 

@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Callable[[FFN, Tensor], Tensor], str, str]] = {
         "its projections read different inputs",
         "linear_1",
     ),
-    "a foreign value": (lambda m, x: m.down(torch.relu(m.up(x)) * m.by_token), "by_token` differs by token", "by_token"),
+    "a foreign value": (lambda m, x: m.down(torch.relu(m.up(x)) * m.by_token), "differs by token", "by_token"),
     "tokens multiplied": (outer_product, "broadcasts over tokens", "mul"),
     "computed weight": (
         lambda m, x: m.down(torch.relu(functional.linear(x, m.up.weight + m.gate.weight))),

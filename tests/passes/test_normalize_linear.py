@@ -47,7 +47,7 @@ FIRES = {
     "einsum with an ellipsis": lambda m, x: torch.einsum("...d,df->...f", x, m.in_out),
     "einsum, features first": lambda m, x: torch.einsum("db,fd->fb", x.t(), m.out_in),
     "einsum, result transposed": lambda m, x: torch.einsum("bd,fd->fb", x, m.out_in),
-    "tensordot": lambda m, x: torch.tensordot(x, m.out_in, dims=([1], [1])),
+    "tensordot": lambda m, x: torch.ops.aten.tensordot(x, m.out_in, [1], [1]),
 }
 DECLINES = {
     "linear": lambda m, x: nn.functional.linear(x, m.out_in, m.bias),
