@@ -135,6 +135,9 @@ class _Walk:
         if op_name(node) in ("index", "index_select", "embedding") and is_constant(node.all_input_nodes[0]):
             self.region.blocked.append((node, f"`{node.name}` takes parameters that the input selects, as routers do"))
             return self.graph.placeholder(f"selected_{len(self.graph.nodes)}")
+        if op_name(node) == "cat":
+            self.region.blocked.append((node, f"`{node.name}` joins neurons with other values"))
+            return self._placeholder()
         varying = [argument for argument in node.all_input_nodes if not is_constant(argument)]
         if len([argument for argument in varying if fake_tensor(argument) is not None]) != 1:
             return self._foreign(node, "mixes in values from elsewhere")
