@@ -295,3 +295,13 @@ def test_what_does_not_pay_is_listed_and_not_rejected() -> None:
     for select, names in (("all", ["body", "small", "head"]), (["head", "small"], ["small", "head"])):
         sparse = sparsify(model, x, select=select, **OPTIONS)
         assert [ffn.name for ffn in sparse.report.converted] == names
+
+
+def test_consuming_the_model_frees_its_ffn_weights() -> None:
+    """Protects: dense weights are gone as soon as they are not needed, and the result is the same."""
+    model = Llama(LlamaConfig()).eval()
+    expected = sparsify(copy.deepcopy(model), IDS, calibration=[IDS], **OPTIONS)(IDS)
+    sparse = sparsify(model, IDS, calibration=[IDS], consume_model=True, **OPTIONS)
+    assert torch.equal(sparse(IDS), expected)
+    emptied = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
+    assert len(emptied) == 6  # gate, up and down of two layers
