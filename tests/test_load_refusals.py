@@ -236,7 +236,7 @@ def unknown_device(folder):
         (damaged_json, ["graph.json is damaged", "Copy it again"]),
         (not_utf8, ["graph.json is damaged", "Copy it again"]),
         (other_json, ["no model of sparsify", "Give the folder"]),
-        (newer_version, ["version 99", "sparsify 9.0", "reads version 1", "Install"]),
+        (newer_version, ["version 99", "sparsify 9.0", "reads version 2", "Install"]),
         (another_graph, ["not of one save", "copy both"]),
         (another_shape, ["ffn.experts.up_proj", "[3, 2, 4]", "[3, 2, 5]", "copy both"]),
         (missing_router_weight, ["no weights for ffn.router.hidden.bias"]),
