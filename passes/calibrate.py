@@ -91,6 +91,7 @@ class CalibrationStream:
         todo = [node for node in order[: last + 1] if node not in self._executed]
         self._executed.update(todo)
         needed = {node for node in order if node in wanted or not self._executed.issuperset(node.users)}
+        needed |= {node for node in order if node.op == "placeholder"}  # experts may read sizes off inputs
         last_use = {arg: node for node in todo for arg in node.all_input_nodes}
         for environment in self._environments:
             self._run(todo, environment, last_use, needed)

@@ -201,9 +201,8 @@ def _output_shape(graph: Graph, x: Node, down: Node, site: Site, dying: set[Node
 
 
 def _find_size(node: Node, wanted: str, dying: set[Node]) -> tuple[Node, int] | None:
-    """A value with that size, and in which dimension: `node` itself, an input of the graph, or what comes before."""
-    graph = node.graph
-    for other in (node, *graph.find_nodes(op="placeholder"), *(other for other in graph.nodes if other < node)):
+    """A value with that size, and in which dimension: `node` itself or an input, as others may be forgotten already."""
+    for other in (node, *node.graph.find_nodes(op="placeholder")):
         value = other.meta.get("val")
         if other in dying or not isinstance(value, Tensor):
             continue
