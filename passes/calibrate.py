@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import CalibrationError
+from sparsify.passes.graph_values import tensor_leaves
 
 _MASK = "attention_mask"  # the keyword of Hugging Face tokenizers; 0 marks padding, which no statistic should see
 
@@ -153,7 +154,7 @@ def _positions(batch: object) -> int:
     mask = _token_mask(kwargs)
     if mask is not None:
         return int(mask.sum())
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = tensor_leaves((args, kwargs))
     if not tensors:
         return 0
     # Token ids count each; the last dimension of floating tensors holds features.

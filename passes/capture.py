@@ -40,6 +40,8 @@ def capture(
 ) -> GraphModule:
     """Trace `model` in evaluation mode. The model is left as it was, its training flags included.
 
+    A model on the meta device is not run first, as it may ask for values; then it must return what torch knows.
+
     Args:
         model: any module that `torch.export` can trace.
         args: example inputs: pytrees of tensors, numbers, strings and None. Only tensors may change between calls, and
@@ -57,7 +59,8 @@ def capture(
     """
     kwargs = kwargs or {}
     with evaluation_mode(model):
-        foreign = foreign_outputs(model, run_model(model, args, kwargs))
+        has_values = not any(parameter.is_meta for parameter in model.parameters())
+        foreign = foreign_outputs(model, run_model(model, args, kwargs)) if has_values else ()
         try:
             with traceable_forward(model, drop_foreign=bool(foreign)):
                 graph_module = _trace(model, args, kwargs, dynamic_shapes)

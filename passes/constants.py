@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -71,11 +71,16 @@ def is_quantised(node: Node) -> bool:
     return any(is_quantised(argument) for argument in node.all_input_nodes if is_constant(argument))
 
 
-def describe_constant(node: Node) -> str:
-    """The expression as text: equal texts are equal values."""
+def describe_constant(graph_module: GraphModule, node: Node) -> str:
+    """The expression as text: equal texts are equal values.
+
+    Single numbers count by value, as tracing stores one anew at every call that makes it.
+    """
     if node.op == "get_attr":
-        return str(node.target)
-    arguments = map_arg((node.args, node.kwargs), lambda argument: _Text(describe_constant(argument)))
+        value = parameter_at(graph_module, str(node.target))
+        is_number = value.dim() == 0 and not value.is_meta and not isinstance(value, nn.Parameter)
+        return f"{value.dtype} {value.item()!r}" if is_number else str(node.target)
+    arguments = map_arg((node.args, node.kwargs), lambda argument: _Text(describe_constant(graph_module, argument)))
     return f"{node.target}{arguments}"
 
 

@@ -84,7 +84,7 @@ def convert(
         return results, 0
     batches = [example] if calibration is None else read_batches(calibration, config.max_calibration_tokens)
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    consume = consume and all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
+    may_free_early = all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
     reference, stream = CalibrationStream(dense_module, batches), CalibrationStream(graph_module, batches)
     layers = {layer.name: layer for layer in plan.layers}
     outdated: list[tuple[str, nn.Parameter]] = []
@@ -98,7 +98,7 @@ def convert(
             sample = _pooled(fresh, match, dense, config.max_calibration_tokens)
         else:
             sample = _sample(reference, stream, graph_module, match, dense)
-            outdated = _free(outdated, graph_module, reference)
+            outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
         result = split_ffn(dense, fit, measured, options, may_refit=calibration is not None)

@@ -8,10 +8,10 @@ import torch
 from torch.fx import Node
 
 from sparsify.passes.ffn_region import Region
-from sparsify.passes.graph_values import as_node, fake_tensor, is_in_place, op_name, sizes_of
+from sparsify.passes.graph_values import as_node, is_in_place, op_name, sizes_of
 from sparsify.passes.linear_layer import read_linear
 from sparsify.passes.neuron_axes import Neurons, follow_back, layout_source
-from sparsify.passes.neuron_wise import is_neuron_wise
+from sparsify.passes.neuron_wise import is_inert
 
 
 def find_fault(region: Region, taken: Mapping[Node, str]) -> tuple[Node, str] | None:
@@ -113,13 +113,6 @@ def _tokens_of(x: Node, axis: int) -> tuple[Node, object]:
 
 def _uncopied(node: Node) -> Node:
     """The value before it was copied."""
-    while op_name(node) in ("contiguous", "clone", "alias", "detach", "dropout", "to"):
-        if not is_neuron_wise(node, ()) or _changes_dtype(node):
-            return node
+    while is_inert(node):
         node = as_node(node.args[0])
     return node
-
-
-def _changes_dtype(node: Node) -> bool:
-    before, after = fake_tensor(as_node(node.args[0])), fake_tensor(node)
-    return before is None or after is None or before.dtype != after.dtype

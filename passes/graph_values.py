@@ -10,6 +10,12 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import Argument
+from torch.utils import _pytree as pytree
+
+
+def tensor_leaves(tree: object) -> list[Tensor]:
+    """The tensors of inputs or outputs; caches and other objects, which a graph drops, are left out."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def as_node(argument: Argument) -> Node:

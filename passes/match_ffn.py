@@ -148,7 +148,7 @@ def match_ffn(graph_module: GraphModule) -> tuple[list[FFNMatch], list[Rejection
         if fault is not None:
             rejections.append(Rejection(place or "model", fault[1], fault[0].name))
             continue
-        key = _identity(region)
+        key = _identity(graph_module, region)
         name = (
             matches[key].name
             if key in matches
@@ -171,14 +171,15 @@ def _resembling(down: Node) -> Region | None:
     return None if region.blocked and len(inputs) > 1 else region
 
 
-def _identity(region: Region) -> object:
+def _identity(graph_module: GraphModule, region: Region) -> object:
     """Equal for sites that compute the same function with the same weights."""
     layers = [part.layer for part in region.parts] + [region.down]
     constants = [node for layer in layers for node in (layer.weight, layer.bias) if node is not None]
     constants += [vector.node for vector in region.vectors]
     rows = tuple(part.rows for part in region.parts)
     places = tuple((vector.dims, vector.index) for vector in region.vectors)
-    return tuple(map(describe_constant, constants)), rows, places, str(region.function.code)
+    texts = tuple(describe_constant(graph_module, node) for node in constants)
+    return texts, rows, places, str(region.function.code)
 
 
 def _with_site(match: FFNMatch | None, name: str, region: Region) -> FFNMatch:

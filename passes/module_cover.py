@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from sparsify.passes.activation import is_view
 from sparsify.passes.constants import is_constant
-from sparsify.passes.graph_values import fake_tensor, op_name, size_at
+from sparsify.passes.graph_values import fake_tensor, op_name
 from sparsify.passes.match_ffn import FFNMatch
-from sparsify.passes.neuron_axes import layout_source
-
-_REGROUPING = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
-_INERT = ("dropout", "feature_dropout", "contiguous", "clone", "alias", "detach")
+from sparsify.passes.neuron_wise import is_inert
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def cover_with_modules(graph_module: GraphModule, match: FFNMatch) -> ModuleCove
         pure = next((path for path in _modules_of(node) if path not in foreign), None)
         if pure is not None:
             found[pure] = None
-        elif not _is_inert(node):
+        elif not _changes_nothing(node):
             owner = next(reversed(_modules_of(node)), "")
             obstacle = f"`{op_name(node)}` is code of {owner or 'the model itself'}, not a module that can be replaced"
             return ModuleCover((), obstacle, site.x_axis, site.down_axis)
@@ -70,12 +68,9 @@ def _modules_of(node: Node) -> list[str]:
 
 
 def _may_vanish(node: Node, inside: set[str]) -> bool:
-    return node.name in inside or is_constant(node) or fake_tensor(node) is None or _is_inert(node)
+    return node.name in inside or is_constant(node) or fake_tensor(node) is None or _changes_nothing(node)
 
 
-def _is_inert(node: Node) -> bool:
-    """The node changes no value and moves no token."""
-    source = layout_source(node)
-    if source is not None:
-        return op_name(node) in _REGROUPING and size_at(source, -1) == size_at(node, -1) is not None
-    return op_name(node) in _INERT
+def _changes_nothing(node: Node) -> bool:
+    """No value, and no token's place among the others."""
+    return is_view(node) or is_inert(node)

@@ -62,6 +62,14 @@ def is_neuron_wise(node: Node, dims: tuple[int, ...]) -> bool:
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
+def is_inert(node: Node) -> bool:
+    """A copy, a cast to the dtype that is there already, or dropout that is off: the values stay what they are."""
+    if op_name(node) not in _COPIES | _DROPOUTS or not is_neuron_wise(node, ()):
+        return False
+    before, after = fake_tensor(as_node(node.args[0])), fake_tensor(node)
+    return before is not None and after is not None and before.dtype == after.dtype
+
+
 def is_linear_op(node: Node) -> bool:
     """A node that alone makes no activation function."""
     return op_name(node) in _LINEAR

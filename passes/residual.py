@@ -9,8 +9,7 @@ from torch.fx import Node
 
 from sparsify.passes.activation import is_view
 from sparsify.passes.graph_values import as_node, fake_tensor, op_name, sizes_of
-
-_INERT = ("dropout", "clone", "contiguous", "alias", "detach")
+from sparsify.passes.neuron_wise import is_inert
 
 
 def residual_terms(down: Node) -> tuple[Node, ...]:
@@ -25,7 +24,7 @@ def residual_terms(down: Node) -> tuple[Node, ...]:
         (reader,) = node.users
         if op_name(reader) == "add" and not reader.kwargs:
             terms += [arg for arg in reader.all_input_nodes if arg is not node and _same_shape(arg, node)]
-        elif op_name(reader) not in _INERT and not (is_view(reader) and as_node(reader.args[0]) is node):
+        elif not is_inert(reader) and not (is_view(reader) and as_node(reader.args[0]) is node):
             break
         node = reader
     return tuple(term for term in terms if term < down)

@@ -18,6 +18,7 @@ from sparsify.passes.calibrate import without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, left_out
 from sparsify.passes.convert import ConvertedLayer, convert
 from sparsify.passes.fixed_dims import fixed_dims
+from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
 from sparsify.passes.module_cover import cover_with_modules
 from sparsify.passes.normalize_linear import NormalizeLinearPass
@@ -97,7 +98,7 @@ def sparsify(
             and the example inputs alone, which costs quality.
         dynamic_shapes: "auto", or what `torch.export.export` takes.
         consume_model: free the dense weights of every FFN once it is converted, so that dense and converted weights are
-            never all held at once. The model cannot be used afterwards.
+            never all held at once (at the end, where sites share an FFN). The model is useless afterwards.
         progress: called as `progress(stage, done, total)`.
         **options: fields of `SparsifyConfig`.
 
@@ -184,16 +185,14 @@ def _require_ffn(
 
 @torch.no_grad()
 def _dense_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors alone: a graph drops caches and other objects."""
     with evaluation_mode(model):
-        return [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return tensor_leaves(model(*args, **kwargs))
 
 
 @torch.no_grad()
 def _output_error(expected: list[Tensor], sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Relative L2 difference to the dense outputs, all that are floating, padding left out."""
-    outputs = [leaf for leaf in pytree.tree_leaves(sparse(*args, **kwargs)) if isinstance(leaf, Tensor)]
-    pairs = zip(expected, outputs, strict=True)
+    pairs = zip(expected, tensor_leaves(sparse(*args, **kwargs)), strict=True)
     floating = [
         (without_padding(a, kwargs).double(), without_padding(b, kwargs).double())
         for a, b in pairs

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.errors import GraftError
 from sparsify.passes.capture import evaluation_mode
+from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.module_cover import ModuleCover
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
         What was replaced, and why the rest was not.
 
     Raises:
-        GraftError: `model` does not have the modules that `sparse` was converted from, or gives other outputs with the
-            experts than `sparse` does. It is unchanged then.
+        GraftError: `model` does not have the modules that `sparse` was converted from, or (checked where no FFN had to
+            be skipped) gives other outputs with the experts than `sparse` does. It is unchanged then.
     """
     covers = sparse.info.covers
     missing = [path for cover in covers.values() for path in cover.modules if not _has_module(model, path)]
@@ -119,18 +120,13 @@ def _difference(model: nn.Module, sparse: SparseModel) -> float:
     """Largest difference of the floating outputs, relative to the largest value of each."""
     args, kwargs = sparse.info.args, sparse.info.kwargs
     with evaluation_mode(model), evaluation_mode(sparse):
-        outputs = [_tensors(model(*args, **kwargs)), _tensors(sparse(*args, **kwargs))]
+        outputs = [tensor_leaves(model(*args, **kwargs)), tensor_leaves(sparse(*args, **kwargs))]
     worst = 0.0
     for a, b in zip(*outputs, strict=True):
         if a.is_floating_point() and a.numel():
             size = b.double().abs().max().clamp(min=1e-30)
             worst = max(worst, float((a.double() - b.double()).abs().max() / size))
     return worst
-
-
-def _tensors(outputs: object) -> list[Tensor]:
-    """A graph drops caches and other objects."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 @torch.no_grad()

@@ -189,6 +189,25 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert torch.equal(graph_module(input_ids), model(input_ids))
 
 
+class AsksForValues(nn.Module):
+    """Looks at its input, but not while it is traced, as models of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting() and x.sum().item() > 1e9:
+            return x
+        return self.linear(x)
+
+
+def test_meta_device_is_not_asked_for_values() -> None:
+    """Protects: a model without weights can be planned, whatever it looks at when it is run."""
+    graph_module = capture(AsksForValues().to("meta"), (torch.empty(2, 3, device="meta"),))
+    assert graph_module(torch.empty(5, 3, device="meta")).shape == (5, 3)
+
+
 def test_meta_device() -> None:
     """Protects: a model without memory can be looked at."""
     model = Bert(BertConfig()).to("meta").eval()
