@@ -7,6 +7,7 @@ the values that are still needed are kept for each batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,25 @@ from sparsify.passes.graph_values import tensor_leaves
 _MASK = "attention_mask"  # the keyword of Hugging Face tokenizers; 0 marks padding, which no statistic should see
 
 
+@dataclass(frozen=True)
+class Call:
+    """A batch.
+
+    Attributes:
+        args: what the model is called with.
+        kwargs: the keyword inputs.
+        mask: which tokens are no padding, bool; None if all of them count.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None
+
+
 class CalibrationStream:
     """Batches on their way through a graph module. Not finite values and batches that do not fit are refused."""
 
-    def __init__(self, graph_module: GraphModule, batches: Sequence[object]) -> None:
+    def __init__(self, graph_module: GraphModule, batches: Sequence[Call]) -> None:
         """Flatten the batches to the inputs of the graph.
 
         Args:
@@ -40,11 +56,10 @@ class CalibrationStream:
         self._masks: list[Tensor | None] = []
         inputs = graph_module.graph.find_nodes(op="placeholder")
         for index, batch in enumerate(batches):
-            args, kwargs = as_call(batch)
-            values = _flatten(graph_module, args, kwargs, index)
+            values = _flatten(graph_module, batch.args, batch.kwargs, index)
             _check_finite(inputs, values, index)
             self._environments.append(dict(zip(inputs, values, strict=True)))
-            self._masks.append(_token_mask(kwargs))
+            self._masks.append(batch.mask)
         self._executed.update(inputs)
 
     def tokens_at(self, places: Sequence[tuple[str, int]], name: str) -> list[Tensor]:
@@ -109,8 +124,19 @@ class CalibrationStream:
             del environment[value]
 
 
-def as_call(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The `(args, kwargs)` of a batch in any of its accepted forms."""
+def as_call(batch: object) -> Call:
+    """A batch in any of its accepted forms; a keyword `attention_mask` of two dimensions says what is padding.
+
+    Raises:
+        CalibrationError: it is of another type.
+    """
+    if isinstance(batch, Call):
+        return batch
+    args, kwargs = _arguments(batch)
+    return Call(args, kwargs, _token_mask(kwargs))
+
+
+def _arguments(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
@@ -123,7 +149,7 @@ def as_call(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch[0]), dict(batch[1])) if is_call else (tuple(batch), {})
 
 
-def read_batches(batches: Iterable[object], max_tokens: int) -> list[object]:
+def read_batches(batches: Iterable[object], max_tokens: int) -> list[Call]:
     """Read batches until enough tokens were seen.
 
     Args:
@@ -134,11 +160,11 @@ def read_batches(batches: Iterable[object], max_tokens: int) -> list[object]:
     Raises:
         CalibrationError: there is no batch, or one is of another type.
     """
-    found: list[object] = []
+    found: list[Call] = []
     seen = 0
     for batch in batches:
-        found.append(batch)
-        seen += _positions(batch)
+        found.append(as_call(batch))
+        seen += _positions(found[-1])
         if seen >= max_tokens:
             break
     if not found:
@@ -149,12 +175,10 @@ def read_batches(batches: Iterable[object], max_tokens: int) -> list[object]:
     return found
 
 
-def _positions(batch: object) -> int:
-    args, kwargs = as_call(batch)
-    mask = _token_mask(kwargs)
-    if mask is not None:
-        return int(mask.sum())
-    tensors = tensor_leaves((args, kwargs))
+def _positions(call: Call) -> int:
+    if call.mask is not None:
+        return int(call.mask.sum())
+    tensors = tensor_leaves((call.args, call.kwargs))
     if not tensors:
         return 0
     # Token ids count each; the last dimension of floating tensors holds features.

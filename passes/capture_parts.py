@@ -9,16 +9,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import CaptureError
-from sparsify.passes.capture import capture, evaluation_mode, run_model
+from sparsify.passes.calibrate import Call
+from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, run_model
+from sparsify.passes.foreign_values import refuse_foreign_inputs
 from sparsify.passes.model_lines import error_line
 
 _CONSTANTS = (type(None), bool, int, float, str)
@@ -30,7 +33,7 @@ class CapturedPart:
 
     Attributes:
         name: its path in the model, "" for the model itself; the first of several.
-        graph_module: the graph, which shares its weights with the submodule.
+        graph_module: the graph, which shares its weights with the submodule and names them as the model does.
         args: the inputs of its first call, not copied.
         kwargs: the keyword inputs of its first call.
     """
@@ -53,41 +56,109 @@ class SkippedPart:
     name: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name or 'the model itself'}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class CapturedParts:
-    """What was traced and what was not, in the order of the model. Modules too small for an FFN are in neither."""
+    """What was traced and what was not, in the order of the model. Modules too small for an FFN are in neither.
+
+    Attributes:
+        parts: one named "" if the model was traced as a whole.
+        skipped: empty then; else the model itself comes first.
+        error: why the model cannot be traced as a whole.
+    """
 
     parts: tuple[CapturedPart, ...]
-    skipped: tuple[SkippedPart, ...]
+    skipped: tuple[SkippedPart, ...] = ()
+    error: CaptureError | None = None
 
 
-def capture_parts(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CapturedParts:
+class PartOf(nn.Module):
+    """A submodule under the path that it has in the model: its graph has the names of the whole model."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        """Hold `module` at `path`, within empty modules."""
+        super().__init__()
+        self._path = path
+        owner: nn.Module = self
+        *outer, name = path.split(".")
+        for parent in outer:
+            owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        owner.add_module(name, module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the submodule returns."""
+        return self.get_submodule(self._path)(*args, **kwargs)
+
+
+def capture_parts(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "auto",
+) -> CapturedParts:
     """Trace the whole model, or else the largest submodules that can be traced.
 
     Args:
         model: any module that runs.
         args: example inputs.
         kwargs: example keyword inputs.
+        dynamic_shapes: as in `capture`. Only with "auto" is a model taken apart, as they speak of its own inputs.
 
     Returns:
         One part named "" if the model can be traced as a whole. Else parts that share no module that could hold an FFN,
         and what was skipped.
 
     Raises:
-        CaptureError: the example inputs do not fit the model.
+        CaptureError: the example inputs do not fit the model; or it cannot be traced as a whole, and it is on the meta
+            device, so that it cannot be run, or `dynamic_shapes` are given.
     """
     kwargs = kwargs or {}
     try:
-        return CapturedParts((CapturedPart("", capture(model, args, kwargs), args, kwargs),), ())
+        return CapturedParts((CapturedPart("", capture(model, args, kwargs, dynamic_shapes), args, kwargs),))
     except CaptureError as error:
-        reason = _reason(error)
+        if dynamic_shapes != "auto" or any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        whole = error
     with evaluation_mode(model), _recorded_calls(model) as calls:
         run_model(model, args, kwargs)
     search = _Search(calls)
-    search.skipped.append(SkippedPart("", reason))
+    search.skipped.append(SkippedPart("", _reason(whole)))
     _open(model, "", search)
-    return CapturedParts(tuple(search.parts), tuple(search.skipped))
+    return CapturedParts(tuple(search.parts), tuple(search.skipped), whole)
+
+
+def record_calls(model: nn.Module, name: str, example: Call, batches: Iterable[Call]) -> Iterator[Call]:
+    """What a submodule is called with while the model runs batches.
+
+    Args:
+        model: run in evaluation mode.
+        name: path of the submodule.
+        example: calls that differ from this one in more than the sizes and values of tensors are left out.
+        batches: inputs of the model.
+
+    Yields:
+        Copies of the inputs, with the mask of the batch.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    wanted = _signature(example.args, example.kwargs)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _signature(args, kwargs) == wanted:
+            found.append(pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
+
+    for batch in batches:
+        handle = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with evaluation_mode(model):
+                run_model(model, batch.args, batch.kwargs)
+        finally:
+            handle.remove()
+        yield from (Call(args, kwargs, batch.mask) for args, kwargs in found)
+        found.clear()
 
 
 @dataclass
@@ -139,7 +210,8 @@ def _capture_call(module: nn.Module, name: str, call: _Call, shares: bool) -> Ca
         raise CaptureError("holds a module that was dealt with before, under another name")
     if not call.is_uniform:
         raise CaptureError("called again with inputs that differ in more than the sizes and values of tensors")
-    return CapturedPart(name, capture(module, call.args, call.kwargs), call.args, call.kwargs)
+    refuse_foreign_inputs(module, call.args, call.kwargs)  # it knows the names of its inputs, PartOf does not
+    return CapturedPart(name, capture(PartOf(name, module), call.args, call.kwargs), call.args, call.kwargs)
 
 
 def _could_hold_ffn(module: nn.Module) -> bool:

@@ -10,16 +10,15 @@ the FFN in the converted stream and x*, r* in the dense one, the output that is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sparsify.config import SparsifyConfig
-from sparsify.passes.calibrate import CalibrationStream, read_batches
+from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.insert_moe import InsertMoEPass
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.plan import ConversionPlan
@@ -57,8 +56,8 @@ def convert(
     matches: Sequence[FFNMatch],
     plan: ConversionPlan,
     config: SparsifyConfig,
-    calibration: Iterable[object] | None,
-    example: tuple[tuple[Any, ...], dict[str, Any]],
+    calibration: Sequence[Call] | None,
+    example: Call,
     progress: Callable[[int, int], None],
     *,
     consume: bool = False,
@@ -71,7 +70,7 @@ def convert(
         plan: one entry per match.
         config: how to divide.
         calibration: batches, or None for a conversion from the weights and the example inputs alone.
-        example: `(args, kwargs)`.
+        example: the example inputs.
         progress: called with the number of layers done and in all.
         consume: free the dense weights of every layer once it is converted, wherever else they are held.
 
@@ -82,7 +81,7 @@ def convert(
     results: dict[str, ConvertedLayer] = {}
     if not todo:
         return results, 0
-    batches = [example] if calibration is None else read_batches(calibration, config.max_calibration_tokens)
+    batches = [example] if calibration is None else calibration
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     may_free_early = all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
     reference, stream = CalibrationStream(dense_module, batches), CalibrationStream(graph_module, batches)

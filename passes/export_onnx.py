@@ -22,6 +22,7 @@ from onnx_ir.passes import common
 from torch import fx, nn
 
 from sparsify.errors import ExportError, OutputError
+from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.capture import capture
 from sparsify.passes.lower_onnx.choose_lowering import (
     Lowering,
@@ -131,6 +132,12 @@ def export_onnx(
         ImportError: `verify` needs onnxruntime, which is not installed.
     """
     check_options(target, lowering)
+    if isinstance(sparse, PartialSparseModel):
+        raise ExportError(
+            f"{type(sparse.original).__name__} was not traced as a whole (see the notes of the report), and an ONNX "
+            "file is a graph of all of it. Convert and export the largest submodule that can be traced, or rewrite "
+            "the line that the notes name."
+        )
     if verify:
         require_runtime()
     path = Path(path)

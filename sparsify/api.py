@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from sparsify.config import SparsifyConfig
+from sparsify.convert_parts import Conversion, convert_parts
 from sparsify.errors import CaptureError, NoFFNError
-from sparsify.passes.calibrate import without_padding
-from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, left_out
-from sparsify.passes.convert import ConvertedLayer, convert
-from sparsify.passes.fixed_dims import fixed_dims
+from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
+from sparsify.passes.calibrate import Call, read_batches, without_padding
+from sparsify.passes.capture import DynamicShapes, evaluation_mode
+from sparsify.passes.capture_parts import CapturedParts, SkippedPart, capture_parts
+from sparsify.passes.convert import convert
+from sparsify.passes.find_ffns import FoundFFNs, find_ffns
 from sparsify.passes.graph_values import tensor_leaves
-from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
-from sparsify.passes.module_cover import cover_with_modules
-from sparsify.passes.normalize_linear import NormalizeLinearPass
-from sparsify.passes.plan import ConversionPlan, LayerPlan, fit_plan, make_plan
-from sparsify.report import FFNReport, Report
+from sparsify.passes.match_ffn import FFNMatch, Rejection
+from sparsify.passes.plan import ConversionPlan, fit_plan, make_plan
+from sparsify.report import Report
 from sparsify.sparse_model import SparseModel, SparseModelInfo
 
 # Called as progress(stage, done, total).
@@ -34,10 +34,17 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found, in graph order: FFNs that can be split, and near misses with the reason."""
+    """What `inspect` found, in graph order.
+
+    Attributes:
+        ffns: FFNs that can be split.
+        rejected: near misses, with the reason.
+        skipped: modules whose own code could not be traced, the model first; empty where it was traced as a whole.
+    """
 
     ffns: list[FFNMatch]
     rejected: list[Rejection]
+    skipped: list[SkippedPart]
 
     def plan(self, config: SparsifyConfig | None = None, **options: Any) -> ConversionPlan:
         """What `sparsify` would do with each of the FFNs: to print, to edit, and to give to it as `plan=`.
@@ -57,7 +64,7 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any]
     """List the FFNs of a model. The model is not changed.
 
     Args:
-        model: any module that `torch.export` can trace.
+        model: any module. Where `torch.export` cannot trace it as a whole, the largest parts that it can are searched.
         args: example inputs.
         kwargs: example keyword inputs.
 
@@ -65,9 +72,11 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any]
         Every legal FFN, paying or not, and every near miss.
 
     Raises:
-        CaptureError: the model cannot be traced, or the example inputs do not fit it.
+        CaptureError: neither the model nor a part of it with an FFN can be traced, or the example inputs do not fit it.
     """
-    return Inspection(*match_ffn(NormalizeLinearPass()(capture(model, args, kwargs)).graph_module))
+    kwargs = kwargs or {}
+    found = find_ffns(model, capture_parts(model, args, kwargs), args, kwargs)
+    return Inspection(found.matches, list(found.rejections), list(found.skipped))
 
 
 def sparsify(
@@ -80,14 +89,17 @@ def sparsify(
     calibration: Iterable[object] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
     consume_model: bool = False,
+    allow_parts: bool = True,
     progress: Progress | None = None,
     **options: Any,
 ) -> SparseModel:
     """Convert the FFNs of a trained dense model into routed experts.
 
     Args:
-        model: any module that `torch.export` can trace. It is not changed (but see `consume_model`). Weights that are
-            not converted are shared with the result.
+        model: any module. It is not changed (but see `consume_model`). Weights that are not converted are shared with
+            the result. Where `torch.export` cannot trace it as a whole, the FFNs of the largest parts that it can trace
+            are converted, in a copy of its modules: the result is a `PartialSparseModel`, and the notes of its report
+            list what was skipped.
         args: example inputs, or a single tensor. Give every dimension that should stay dynamic a size of at least 2.
         kwargs: example keyword inputs.
         config: how to divide; or give its fields as keyword options.
@@ -99,6 +111,7 @@ def sparsify(
         dynamic_shapes: "auto", or what `torch.export.export` takes.
         consume_model: free the dense weights of every FFN once it is converted, so that dense and converted weights are
             never all held at once (at the end, where sites share an FFN). The model is useless afterwards.
+        allow_parts: False refuses a model that cannot be traced as a whole, as one that will be saved or exported must.
         progress: called as `progress(stage, done, total)`.
         **options: fields of `SparsifyConfig`.
 
@@ -107,7 +120,8 @@ def sparsify(
 
     Raises:
         ValueError: an option is not valid.
-        CaptureError: the model cannot be traced, or the example inputs do not fit it.
+        CaptureError: the model cannot be traced (nor can parts of it that hold an FFN), or the example inputs do not
+            fit it.
         NoFFNError: the model has no FFN that can be split.
         SelectionError: `select`, `overrides` or `plan` do not fit the FFNs of the model, or ask for more experts than
             one of them has neurons for.
@@ -117,34 +131,77 @@ def sparsify(
     config = _config(config, options)
     args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
     clock = _Clock(progress)
-    graph_module = clock.run("capture", lambda: capture(model, args, kwargs, dynamic_shapes))
-    _require_free_names(model, graph_module)
-    graph_module = NormalizeLinearPass()(graph_module).graph_module
-    matches, rejections = clock.run("match", lambda: match_ffn(graph_module))
-    _require_ffn(model, graph_module, matches, rejections)
-    plan = make_plan(matches, config) if plan is None else fit_plan(plan, matches, config)
-    converted = {layer.name for layer in plan.layers if layer.converts}
-    covers = {match.name: cover_with_modules(graph_module, match) for match in matches if match.name in converted}
-    example, expected, parameters_before = (args, kwargs), _dense_outputs(model, args, kwargs), _count(model)
-    results, tokens = clock.run(
+    captured = clock.run("capture", lambda: _capture(model, args, kwargs, dynamic_shapes, allow_parts))
+    found = clock.run("match", lambda: find_ffns(model, captured, args, kwargs))
+    _require_ffn(model, found)
+    plan = make_plan(found.matches, config) if plan is None else fit_plan(plan, found.matches, config)
+    expected, parameters_before = _dense_outputs(model, args, kwargs), _count(model)
+    batches = _read(calibration, plan, config)
+    convert_found = _convert_whole if found.is_whole else convert_parts
+    done = clock.run(
         "convert",
-        lambda: convert(graph_module, matches, plan, config, calibration, example, clock.layers, consume=consume_model),
+        lambda: convert_found(model, found, plan, config, batches, (args, kwargs), clock.layers, consume=consume_model),
     )
-    sparse = SparseModel(graph_module, graph_module.graph)
-    sparse.train(model.training)
-    error = clock.run("verify", lambda: _output_error(expected, sparse, args, kwargs))
+    error = clock.run("verify", lambda: _output_error(expected, done.sparse, args, kwargs))
+    notes = input_notes(found.parts[0].graph_module, args, kwargs) if found.is_whole else part_notes(found.skipped)
     report = Report(
-        ffns=_ffn_reports(matches, rejections, plan, results),
-        notes=_notes(graph_module, args, kwargs, calibration is None, plan),
-        calibration_tokens=tokens,
+        ffns=ffn_reports(found.matches, found.rejections, done.plan, done.results),
+        notes=(*notes, *conversion_notes(done.plan, weights_only=calibration is None)),
+        calibration_tokens=done.tokens,
         parameters_before=parameters_before,
-        parameters_after=_count(sparse),
+        parameters_after=_count(done.sparse),
         output_error=error,
         seconds=clock.seconds,
     )
+    done.sparse.info = replace(done.sparse.info, report=report)
+    return done.sparse
+
+
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: DynamicShapes,
+    allow_parts: bool,
+) -> CapturedParts:
+    captured = capture_parts(model, args, kwargs, dynamic_shapes)
+    if captured.error is None:
+        _require_free_names(model, captured.parts[0].graph_module)
+    if captured.error is not None and not allow_parts:
+        raise captured.error
+    return captured
+
+
+def _read(
+    calibration: Iterable[object] | None, plan: ConversionPlan, config: SparsifyConfig
+) -> Sequence[Call] | None:
+    if calibration is None or not any(layer.converts for layer in plan.layers):
+        return None
+    return read_batches(calibration, config.max_calibration_tokens)
+
+
+def _convert_whole(
+    model: nn.Module,
+    found: FoundFFNs,
+    plan: ConversionPlan,
+    config: SparsifyConfig,
+    calibration: Sequence[Call] | None,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    progress: Callable[[int, int], None],
+    *,
+    consume: bool = False,
+) -> Conversion:
+    """As `convert_parts`, for a model that is one graph."""
+    (whole,) = found.parts
+    results, tokens = convert(
+        whole.graph_module, whole.matches, plan, config, calibration, whole.example, progress, consume=consume
+    )
+    sparse = SparseModel(whole.graph_module, whole.graph_module.graph)
+    sparse.train(model.training)
     shared = {layer.name: layer.num_shared_experts for layer in plan.layers if layer.converts}
-    sparse.info = SparseModelInfo(args, kwargs, shared, report, covers)
-    return sparse
+    covers = {name: whole.covers[name] for name in results}
+    sparse.info = SparseModelInfo(*example, shared, None, covers)
+    return Conversion(sparse, plan, results, tokens)
 
 
 def _config(config: SparsifyConfig | None, options: dict[str, Any]) -> SparsifyConfig:
@@ -170,16 +227,17 @@ def _require_free_names(model: nn.Module, graph_module: GraphModule) -> None:
         )
 
 
-def _require_ffn(
-    model: nn.Module, graph_module: GraphModule, matches: list[FFNMatch], rejections: list[Rejection]
-) -> None:
-    if matches:
+def _require_ffn(model: nn.Module, found: FoundFFNs) -> None:
+    if found.matches:
         return
-    linears = len(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
-    nearest = "\n".join(f"  - {rejection}" for rejection in rejections[:5])
+    linear = torch.ops.aten.linear.default
+    linears = sum(len(part.graph_module.graph.find_nodes(op="call_function", target=linear)) for part in found.parts)
+    nearest = "\n".join(f"  - {rejection}" for rejection in found.rejections[:5])
     detail = f"The nearest:\n{nearest}" if nearest else "None of them feeds another one through an activation function."
+    skipped = "".join(f"\nNot traced: {part}" for part in found.skipped[:5])
     raise NoFFNError(
         f"{type(model).__name__} has no feed-forward layer that can be split, among {linears} linear layers. {detail}"
+        f"{skipped}"
     )
 
 
@@ -201,89 +259,6 @@ def _output_error(expected: list[Tensor], sparse: SparseModel, args: tuple[Any, 
     difference = sum(float((a - b).square().sum()) for a, b in floating)
     size = sum(float(a.square().sum()) for a, _ in floating)
     return (difference / size) ** 0.5 if size else difference**0.5
-
-
-def _ffn_reports(
-    matches: list[FFNMatch],
-    rejections: list[Rejection],
-    plan: ConversionPlan,
-    results: dict[str, ConvertedLayer],
-) -> tuple[FFNReport, ...]:
-    reports = [
-        _ffn_report(match, layer, results.get(match.name)) for match, layer in zip(matches, plan.layers, strict=True)
-    ]
-    refused = [FFNReport(r.name, "", "", 0, 0, "rejected", f"{r.reason} (node `{r.node}`)") for r in rejections]
-    return (*reports, *refused)
-
-
-def _ffn_report(match: FFNMatch, layer: LayerPlan, result: ConvertedLayer | None) -> FFNReport:
-    report = FFNReport(
-        name=match.name,
-        kind=match.kind,
-        activation=match.activation,
-        hidden_size=match.hidden_size,
-        intermediate_size=match.intermediate_size,
-        action="dense",
-        reason=layer.reason,
-        flops_before=match.flops_per_token * len(match.sites),
-        flops_after=match.flops_per_token * len(match.sites),
-        parameters_before=match.num_parameters,
-        parameters_after=match.num_parameters,
-    )
-    if result is None:
-        return report
-    per_neuron = match.flops_per_token // match.intermediate_size
-    per_site = layer.top_k * result.expert_size * per_neuron + result.router_flops
-    return replace(
-        report,
-        action="converted",
-        num_experts=layer.num_experts,
-        top_k=layer.top_k,
-        num_shared_experts=layer.num_shared_experts,
-        receipt=result.receipt,
-        error=result.error,
-        error_before_refit=result.error_before_refit,
-        tokens_per_expert=result.tokens_per_expert,
-        flops_after=per_site * len(match.sites),
-        parameters_after=result.num_parameters,
-    )
-
-
-def _notes(
-    graph_module: GraphModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    weights_only: bool,
-    plan: ConversionPlan,
-) -> tuple[str, ...]:
-    notes: list[str] = []
-    values = pytree.tree_leaves((args, kwargs))
-    inputs = list(zip(graph_module.graph.find_nodes(op="placeholder"), values, strict=True))
-    for node, value in inputs:
-        notes += [
-            f"input `{node.name}` has a fixed size of {size} in dimension {dim}, because the example has it: a size of "
-            "0 or 1 cannot stay dynamic; give an example with at least 2"
-            for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ())
-            if size < 2
-        ]
-    notes += [str(fixed) for fixed in fixed_dims(graph_module)]
-    constants = ", ".join(f"`{node.name}` = {value!r}" for node, value in inputs if not isinstance(value, Tensor))
-    if constants:
-        notes.append(f"inputs that are no tensors stay as in the example, whatever is passed: {constants}")
-    notes += [
-        f"output {output} is None in the converted model, because torch finds no tensors in that class; have the model "
-        "return a tuple or dict instead, or register the class (torch.utils._pytree.register_pytree_node) to keep it"
-        for output in left_out(graph_module)
-    ]
-    if not any(layer.converts for layer in plan.layers):
-        notes.append("nothing was converted: every FFN stays dense for the reason given; see select=")
-    elif weights_only:
-        notes.append(
-            "no calibration data: experts, routers and means rest on the weights and on random tokens shaped like the "
-            "example inputs, and down_proj was not refitted. The errors above are on the example inputs. Real "
-            "calibration data lowers them; see README, section Limits, for what that is worth"
-        )
-    return tuple(notes)
 
 
 def _count(module: nn.Module) -> int:

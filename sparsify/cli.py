@@ -265,6 +265,7 @@ def _inspection_json(found: Inspection) -> dict[str, Any]:
     return {
         "ffns": [{field: getattr(ffn, field) for field in fields} for ffn in found.ffns],
         "rejected": [dataclasses.asdict(rejection) for rejection in found.rejected],
+        "skipped": [dataclasses.asdict(part) for part in found.skipped],
     }
 
 
@@ -282,6 +283,10 @@ def _print_inspection(found: Inspection, console: Console) -> None:
     console.print(f"{len(found.ffns)} FFNs can be converted, {len(found.rejected)} cannot.")
     for rejection in found.rejected:
         console.print(Text(f"- {rejection}"))
+    if found.skipped:
+        console.print("The model cannot be traced as a whole, so these are FFNs of its parts. Not traced:")
+    for part in found.skipped:
+        console.print(Text(f"- {part}"))
 
 
 def _print_results(results: Results, console: Console) -> None:

@@ -43,7 +43,8 @@ def convert_model(
 ) -> tuple[SparseModel, Report]:
     """Converts, and measures the metric of the model before and after where it has one."""
     batches = dense.calibration() if calibrates and dense.calibration is not None else None
-    sparse = sparsify(dense.model, dense.args, dense.kwargs, config=config, calibration=batches, progress=stages)
+    model = (dense.model, dense.args, dense.kwargs)  # the results are files, which need the whole graph
+    sparse = sparsify(*model, config=config, calibration=batches, allow_parts=False, progress=stages)
     report = sparse.report
     if dense.metric is None or not report.converted:
         return sparse, report

@@ -7,18 +7,18 @@ loops. The parameters are shared with the `SparseModel`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from sparsify.errors import GraftError
 from sparsify.passes.capture import evaluation_mode
 from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.module_calls import ModuleCalls, misfit, observe_calls, parameter_name
 from sparsify.passes.module_cover import ModuleCover
 
 if TYPE_CHECKING:
@@ -66,17 +66,18 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
             f"{type(model).__name__} has no module {missing[0]}: give the model that was converted, or one of the same "
             "class and configuration"
         )
-    skipped = {name: cover.obstacle for name, cover in covers.items() if cover.obstacle}
-    calls = _observe(model, sparse, covers.values())
+    skipped: dict[str, str] = {}
+    calls, names = _observe(model, sparse), _all_names(model)
     replacements: dict[str, dict[str, nn.Module]] = {}
     for name, cover in covers.items():
-        reason = skipped.get(name) or _misfit(cover, calls)
+        reason = misfit(cover, calls)
         if reason:
             skipped[name] = reason
             continue
-        experts = grafted_ffn(sparse, name, cover, _parameter(calls[cover.modules[0]]))
-        replacements[name] = {path: nn.Identity() for path in cover.modules}
-        replacements[name][cover.modules[0]] = experts
+        experts = sparse.expert_module(name, parameter_name(cover, calls))
+        first, *rest = [names[model.get_submodule(path)] for path in cover.modules]
+        replacements[name] = {path: nn.Identity() for paths in rest for path in paths}
+        replacements[name] |= dict.fromkeys(first, experts)
     skipped |= _replace_all(model, sparse, replacements)
     done = {name: covers[name].modules for name in replacements if name not in skipped}
     return GraftReport(done, skipped)
@@ -156,61 +157,22 @@ def _has_module(model: nn.Module, path: str) -> bool:
     return True
 
 
-@torch.no_grad()
-def _observe(model: nn.Module, sparse: SparseModel, covers: Iterable[ModuleCover]) -> dict[str, tuple[Any, Any]]:
-    """Run the example inputs; return the inputs and the output of the first call of every module, by its path."""
-    calls: dict[str, tuple[Any, Any]] = {}
+def _all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The paths of every module; there are several where modules are shared."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
 
-    def remember(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            shapes = pytree.tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-            calls.setdefault(path, (shapes, output.shape if isinstance(output, Tensor) else None))
 
-        return hook
-
-    paths = {path for cover in covers for path in cover.modules}
-    hooks = [model.get_submodule(path).register_forward_hook(remember(path), with_kwargs=True) for path in paths]
+def _observe(model: nn.Module, sparse: SparseModel) -> ModuleCalls:
     try:
-        with evaluation_mode(model):
-            model(*sparse.info.args, **sparse.info.kwargs)
+        return observe_calls(model, sparse.info.args, sparse.info.kwargs, sparse.info.covers.values())
     except Exception as error:
         raise GraftError(
             f"{type(model).__name__} does not run on the example inputs of the conversion: "
             f"{type(error).__name__}: {error}"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _misfit(cover: ModuleCover, calls: Mapping[str, tuple[Any, Any]]) -> str | None:
-    """Why experts cannot stand where the modules stand, by how these are called."""
-    for path in cover.modules:
-        if path not in calls:
-            return f"{path} is not called as a module"
-        (args, kwargs), output = calls[path]
-        if len(args) + len(kwargs) != 1:
-            return f"{path} is called with {len(args) + len(kwargs)} arguments, an FFN takes one"
-        if output is None:
-            return f"{path} returns something other than one tensor"
-    (args, kwargs), _ = calls[cover.modules[0]]
-    given, returned = [*args, *kwargs.values()][0], calls[cover.modules[-1]][1]
-    if _without(given, cover.x_axis) != _without(returned, cover.down_axis):
-        return f"{cover.modules[-1]} returns tokens in another shape than {cover.modules[0]} takes"
-    return None
-
-
-def _without(shape: torch.Size, axis: int) -> list[int]:
-    kept = list(shape)
-    del kept[axis]
-    return kept
-
-
-def _parameter(call: tuple[Any, Any]) -> str:
-    """What the callers call the input."""
-    (_, kwargs), _ = call
-    return next(iter(kwargs), "x")
 
 
 def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: str = "x") -> GraphModule:

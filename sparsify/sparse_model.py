@@ -111,6 +111,20 @@ class SparseModel(fx.GraphModule):
 
         return graft(self, model)
 
+    def expert_module(self, name: str, parameter: str = "x") -> fx.GraphModule:
+        """The experts of one converted FFN, with their router, as a module that shares their weights.
+
+        Args:
+            name: of the FFN.
+            parameter: what callers are to call its input.
+
+        Returns:
+            A module from `[..., D]` to `[..., D_out]`, the features where the original modules have them.
+        """
+        from sparsify.graft import grafted_ffn
+
+        return grafted_ffn(self, name, self.info.covers[name], parameter)
+
     def dynamic_dims(self) -> dict[str, dict[int, str]]:
         """The input dimensions that may change between calls: input name -> dimension -> name of its size."""
         found = {node.name: input_sizes(node) for node in self.graph.find_nodes(op="placeholder")}

@@ -83,7 +83,20 @@ def test_whole_modules() -> None:
     torch.testing.assert_close(grafted(IDS), sparse(IDS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("build", [Channels, Twice, lambda: Bert(BertConfig())], ids=["channels", "twice", "bert"])
+class TwoNames(nn.Module):
+    """One FFN under two names, called under both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Sequential(nn.Linear(6, 13), nn.ReLU(), nn.Linear(13, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.again(x + self.first(x))
+
+
+@pytest.mark.parametrize(
+    "build", [Channels, Twice, TwoNames, lambda: Bert(BertConfig())], ids=["channels", "twice", "two-names", "bert"]
+)
 def test_several_modules_and_sites(build: type[nn.Module]) -> None:
     """Protects: an FFN that is several modules in a row, features that are channels, one FFN at two places."""
     model = build().eval()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import CalibrationError
-from sparsify.passes.calibrate import CalibrationStream, as_call, read_batches
+from sparsify.passes.calibrate import CalibrationStream, Call, as_call, read_batches
 from sparsify.passes.capture import capture
 
 
@@ -34,16 +34,15 @@ def model() -> Model:
 
 
 def stream(model: nn.Module, *batches: object) -> CalibrationStream:
-    return CalibrationStream(capture(model, (X,), {"attention_mask": MASK}), batches)
+    return CalibrationStream(capture(model, (X,), {"attention_mask": MASK}), [as_call(batch) for batch in batches])
 
 
 def test_forms_of_a_batch() -> None:
     """Protects: tensors, tuples, lists, dicts, (args, kwargs); a pair of tensors is two arguments."""
-    assert as_call(X) == ((X,), {})
-    assert as_call((X, MASK)) == ((X, MASK), {})
-    assert as_call([X, MASK]) == ((X, MASK), {})
-    assert as_call({"x": X}) == ((), {"x": X})
-    assert as_call(((X,), {"mask": MASK})) == ((X,), {"mask": MASK})
+    assert as_call(X) == Call((X,), {}, None)
+    assert as_call((X, MASK)) == as_call([X, MASK]) == Call((X, MASK), {}, None)
+    assert as_call({"x": X}) == Call((), {"x": X}, None)
+    assert as_call(((X,), {"mask": MASK})) == Call((X,), {"mask": MASK}, None)
     with pytest.raises(CalibrationError, match="got str"):
         as_call("text")
 

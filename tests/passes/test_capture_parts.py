@@ -91,13 +91,13 @@ def test_branches_at_the_top_and_in_a_block() -> None:
 
 
 def test_parts_are_dynamic_and_share_weights() -> None:
-    """Protects: a part serves other sizes than those of the example, and is no copy."""
+    """Protects: a part serves other sizes than those of the example, is no copy, and has the names of the model."""
     model = Branches()
     part = capture_parts(model, (torch.randint(0, 20, (2, 5)),)).parts[0]
     model.eval()
     x = torch.randn(3, 7, 8)
     torch.testing.assert_close(part.graph_module(x), model.blocks[0](x))
-    assert part.graph_module.get_parameter("ffn.0.weight") is model.get_parameter("blocks.0.ffn.0.weight")
+    assert part.graph_module.get_parameter("blocks.0.ffn.0.weight") is model.get_parameter("blocks.0.ffn.0.weight")
 
 
 def test_a_head_with_python_numbers() -> None:
