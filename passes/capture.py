@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from sparsify.errors import CaptureError
 from sparsify.passes.fixed_dims import SizeWatch, mark_fixed
 from sparsify.passes.foreign_values import ForwardError, foreign_outputs, refuse_foreign_inputs, traceable_forward
+from sparsify.passes.inline_grad_modes import InlineGradModesPass
 from sparsify.passes.model_lines import error_frame, error_line, first_line
 
 DynamicShapes = Literal["auto"] | dict[str, Any] | tuple[Any, ...] | list[Any] | ShapesCollection | None
@@ -120,6 +121,7 @@ def _export(
 
 def _plain(graph_module: GraphModule) -> GraphModule:
     """Drop what only checks: guards are code, not graph, and cannot be saved; shapes stay on the placeholders."""
+    graph_module = InlineGradModesPass()(graph_module).graph_module
     graph = graph_module.graph
     checks = graph.find_nodes(op="call_module", target="_guards_fn")
     checks += graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)
@@ -170,6 +172,14 @@ def _trace_message(model: nn.Module, error: Exception) -> str:
         "forward pass without branches on tensor values; rewrite that line with torch.where or torch.cond, or convert "
         "the submodule that holds the FFNs."
     )
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Generator[None, None, None]:
+    """Two runs of a model that draws random numbers, as some do in evaluation mode too, draw the same ones within."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 @contextlib.contextmanager

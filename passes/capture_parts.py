@@ -24,6 +24,7 @@ from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, run
 from sparsify.passes.foreign_values import refuse_foreign_inputs
 from sparsify.passes.model_lines import error_line
 
+NOT_CALLED = "not called with the example inputs"
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
@@ -191,7 +192,7 @@ def _visit(module: nn.Module, name: str, search: _Search) -> None:
     shares = any(child in search.seen for child in inner)
     search.seen.add(module)
     if not any(child in search.calls for child in inner):
-        search.skipped.append(SkippedPart(name, "not called with the example inputs"))
+        search.skipped.append(SkippedPart(name, NOT_CALLED))
         return
     if module not in search.calls:
         _open(module, name, search)

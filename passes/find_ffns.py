@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sparsify.errors import CaptureError
 from sparsify.passes.calibrate import Call, as_call
-from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart
+from sparsify.passes.capture_parts import NOT_CALLED, CapturedPart, CapturedParts, SkippedPart
+from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.match_ffn import FFNMatch, Rejection, match_ffn
 from sparsify.passes.module_calls import misfit, observe_calls
 from sparsify.passes.module_cover import ModuleCover, cover_with_modules
 from sparsify.passes.normalize_linear import NormalizeLinearPass
 
 CANNOT_GO_BACK = "cannot be put back into a model that was traced in parts"
+_IS_EXPERT = (
+    "is an expert of an MoE layer that the model has already: modules like it stand beside it and get other tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,11 @@ def find_ffns(model: nn.Module, captured: CapturedParts, args: tuple[Any, ...], 
         return FoundFFNs(tuple(parts), tuple(rejections), ())
     covers = [cover for part in parts for cover in part.covers.values()]
     calls = observe_calls(model, args, kwargs, covers)
-    reasons = {name: misfit(cover, calls) for part in parts for name, cover in part.covers.items()}
+    misfits = {name: misfit(cover, calls) for part in parts for name, cover in part.covers.items()}
+    reasons = {name: f"{CANNOT_GO_BACK}: {reason}" if reason else None for name, reason in misfits.items()}
+    reasons |= dict.fromkeys(_experts(parts, captured.skipped), _IS_EXPERT)
     stuck = [match for part in parts for match in part.matches if reasons[match.name]]
-    rejections += [
-        Rejection(match.name, f"{CANNOT_GO_BACK}: {reasons[match.name]}", match.sites[0].down) for match in stuck
-    ]
+    rejections += [Rejection(match.name, reasons[match.name] or "", match.sites[0].down) for match in stuck]
     parts = [_keep(part, [match for match in part.matches if not reasons[match.name]]) for part in parts]
     if not any(part.matches for part in parts) and not rejections:
         raise CaptureError(f"{captured.error} No part of it that can be traced holds an FFN.") from captured.error
@@ -95,6 +99,25 @@ def _match(part: CapturedPart) -> tuple[FFNPart, list[Rejection]]:
     matches, rejections = match_ffn(graph_module)
     covers = {match.name: cover_with_modules(graph_module, match) for match in matches}
     return FFNPart(part.name, graph_module, as_call((part.args, part.kwargs)), tuple(matches), covers), rejections
+
+
+def _experts(parts: Sequence[FFNPart], skipped: Sequence[SkippedPart]) -> list[str]:
+    """FFNs that are a part each and have twins beside them that get other numbers of tokens."""
+    alone = [part for part in parts if any(cover.modules == (part.name,) for cover in part.covers.values())]
+    beside: dict[tuple[str, str], set[str]] = {}
+    for part in alone:
+        beside.setdefault(_kind(part), set()).add(_shapes(tensor_leaves((part.example.args, part.example.kwargs))))
+    idle = {part.name.rpartition(".")[0] for part in skipped if part.reason == NOT_CALLED}
+    routed = [part for part in alone if len(beside[_kind(part)]) > 1 or part.name.rpartition(".")[0] in idle]
+    return [match.name for part in routed for match in part.matches]
+
+
+def _kind(part: FFNPart) -> tuple[str, str]:
+    return part.name.rpartition(".")[0], _shapes(part.graph_module.parameters())
+
+
+def _shapes(tensors: Iterable[Tensor]) -> str:
+    return str([list(tensor.shape) for tensor in tensors])
 
 
 def _keep(part: FFNPart, matches: Sequence[FFNMatch]) -> FFNPart:

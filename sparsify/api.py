@@ -16,7 +16,7 @@ from sparsify.convert_parts import Conversion, convert_parts
 from sparsify.errors import CaptureError, NoFFNError
 from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
 from sparsify.passes.calibrate import Call, read_batches, without_padding
-from sparsify.passes.capture import DynamicShapes, evaluation_mode
+from sparsify.passes.capture import DynamicShapes, evaluation_mode, same_random_numbers
 from sparsify.passes.capture_parts import CapturedParts, SkippedPart, capture_parts
 from sparsify.passes.convert import convert
 from sparsify.passes.find_ffns import FoundFFNs, find_ffns
@@ -172,9 +172,7 @@ def _capture(
     return captured
 
 
-def _read(
-    calibration: Iterable[object] | None, plan: ConversionPlan, config: SparsifyConfig
-) -> Sequence[Call] | None:
+def _read(calibration: Iterable[object] | None, plan: ConversionPlan, config: SparsifyConfig) -> Sequence[Call] | None:
     if calibration is None or not any(layer.converts for layer in plan.layers):
         return None
     return read_batches(calibration, config.max_calibration_tokens)
@@ -243,14 +241,15 @@ def _require_ffn(model: nn.Module, found: FoundFFNs) -> None:
 
 @torch.no_grad()
 def _dense_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    with evaluation_mode(model):
+    with evaluation_mode(model), same_random_numbers():
         return tensor_leaves(model(*args, **kwargs))
 
 
 @torch.no_grad()
 def _output_error(expected: list[Tensor], sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Relative L2 difference to the dense outputs, all that are floating, padding left out."""
-    pairs = zip(expected, tensor_leaves(sparse(*args, **kwargs)), strict=True)
+    with same_random_numbers():
+        pairs = list(zip(expected, tensor_leaves(sparse(*args, **kwargs)), strict=True))
     floating = [
         (without_padding(a, kwargs).double(), without_padding(b, kwargs).double())
         for a, b in pairs

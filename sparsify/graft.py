@@ -9,14 +9,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from sparsify.errors import GraftError
-from sparsify.passes.capture import evaluation_mode
+from sparsify.passes.capture import evaluation_mode, same_random_numbers
 from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.module_calls import ModuleCalls, misfit, observe_calls, parameter_name
 from sparsify.passes.module_cover import ModuleCover
@@ -121,13 +121,18 @@ def _difference(model: nn.Module, sparse: SparseModel) -> float:
     """Largest difference of the floating outputs, relative to the largest value of each."""
     args, kwargs = sparse.info.args, sparse.info.kwargs
     with evaluation_mode(model), evaluation_mode(sparse):
-        outputs = [tensor_leaves(model(*args, **kwargs)), tensor_leaves(sparse(*args, **kwargs))]
+        outputs = [_outputs(module, args, kwargs) for module in (model, sparse)]
     worst = 0.0
     for a, b in zip(*outputs, strict=True):
         if a.is_floating_point() and a.numel():
             size = b.double().abs().max().clamp(min=1e-30)
             worst = max(worst, float((a.double() - b.double()).abs().max() / size))
     return worst
+
+
+def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    with same_random_numbers():
+        return tensor_leaves(module(*args, **kwargs))
 
 
 @torch.no_grad()

@@ -200,6 +200,52 @@ def test_what_needs_a_whole_graph_is_refused(model: Branching, tmp_path: Path) -
     assert isinstance(sparse, SparseModel)
 
 
+class Routed(nn.Module):
+    """An MoE layer with a loop over its experts, and an FFN behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 3)
+        self.experts = nn.ModuleList(FeedForward(6) for _ in range(3))
+        self.ffn = FeedForward(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, out = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero()[:, 0]
+            if len(rows):
+                out[rows] = expert(x[rows])
+        return self.ffn(out)
+
+
+def test_experts_of_the_model_itself() -> None:
+    """Protects: an MoE layer that is there already is refused, expert by expert, whether all of them are called or one.
+
+    An FFN that stands alone beside it is converted.
+    """
+    model = Routed().eval()
+    for x in (torch.randn(20, 6), torch.randn(1, 6).expand(2, 6)):
+        found = inspect(model, (x,))
+        assert [ffn.name for ffn in found.ffns] == ["ffn"]
+        assert found.rejected
+        assert all(r.name.startswith("experts.") and "MoE layer" in r.reason for r in found.rejected)
+
+
+class Draws(Branching):
+    """Random in evaluation mode too."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        return super().forward(x[:, torch.randperm(x.shape[1])])
+
+
+def test_a_model_that_draws_random_numbers() -> None:
+    """Protects: dense and converted are compared with the same draws."""
+    model = Draws().eval()
+    sparse = sparsify(model, (X,), **EXACT)
+    assert sparse.report.output_error < 1e-5
+    assert len(sparse.graft(model).grafted) == 3
+
+
 class NoFFN(nn.Module):
     """Nothing in it can be converted, and it cannot be traced."""
 

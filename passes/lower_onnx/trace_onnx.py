@@ -15,6 +15,7 @@ from onnxscript import optimizer
 
 from sparsify.errors import ExportError
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names
+from sparsify.passes.lower_onnx.spell_rsub import spell_rsub
 
 _LONGEST_CAUSE = 400
 
@@ -29,6 +30,7 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
     Raises:
         ExportError: `torch.onnx.export` refused the graph; the message holds its reason.
     """
+    spell_rsub(flat.graph)
     shapes = tuple(axes or None for axes in axis_names(flat).values())
     with _quiet(), torch.no_grad():
         try:
