@@ -10,6 +10,8 @@ the FFN in the converted stream and x*, r* in the dense one, the output that is 
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +83,8 @@ def convert(
     results: dict[str, ConvertedLayer] = {}
     if not todo:
         return results, 0
+    if consume:
+        _return_to_system()  # what loading the model left behind
     batches = [example] if calibration is None else calibration
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     may_free_early = all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
@@ -139,6 +143,8 @@ def _free(
     Returns:
         What must wait, as the dense stream has not passed it.
     """
+    if not outdated:
+        return outdated
     kept = {id(parameter) for parameter in graph_module.parameters()}
     waiting: list[tuple[str, nn.Parameter]] = []
     for down, parameter in outdated:
@@ -146,7 +152,15 @@ def _free(
             waiting.append((down, parameter))
         elif id(parameter) not in kept:
             parameter.data = parameter.data.new_empty(0)
+    _return_to_system()
     return waiting
+
+
+def _return_to_system() -> None:
+    """Glibc keeps freed blocks below 32 MB for itself: freed weights would pile up between new ones."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _in_order(graph_module: GraphModule, matches: list[FFNMatch]) -> list[FFNMatch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,12 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ExportError
+
+_CHECKS = (
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.default,
+    torch.ops.aten._assert_async.msg,
+)
 
 SizeNames = Mapping[str, Mapping[int, str]]
 
@@ -65,7 +71,8 @@ def flatten_graph(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[st
     for source, node in copied.items():
         node.meta = source.meta.copy()
     named = _named_outputs(model, output, inputs)
-    graph.output(tuple(named.values()))
+    graph.output(_distinct(graph, named.values()))
+    _drop_checks(graph)
     graph.lint()
     size_names = {name: dict(sizes.get(name, {})) for name in inputs}
     return FlatGraph(graph, model, inputs, tuple(named), size_names)
@@ -99,6 +106,16 @@ def _make_constant(graph: fx.Graph, placeholder: Node, value: object) -> None:
     graph.erase_node(placeholder)
 
 
+def _drop_checks(graph: fx.Graph) -> None:
+    """Assertions have no counterpart in ONNX; what only they read goes with them."""
+    needless: set[Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node.target not in _CHECKS and (node not in needless or node.users):
+            continue
+        needless.update(source for source in node.all_input_nodes if source.op == "call_function")
+        graph.erase_node(node)
+
+
 def _named_outputs(model: fx.GraphModule, output: Any, taken: Mapping[str, object]) -> dict[str, Node]:
     """The output tensors by name: the path in the output pytree where it has keys, else `output`, `output_1`, ..."""
     pytree_info = getattr(getattr(model.graph, "_codegen", None), "pytree_info", None)
@@ -112,6 +129,19 @@ def _named_outputs(model: fx.GraphModule, output: Any, taken: Mapping[str, objec
     if not named:
         raise ExportError("the model returns no tensor, so there is nothing to export")
     return named
+
+
+def _distinct(graph: fx.Graph, outputs: Iterable[Node]) -> tuple[Node, ...]:
+    """A value that is returned twice is copied: the exporter gives it one name."""
+    found: list[Node] = []
+    for node in outputs:
+        if node in found:
+            copied = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copied.meta = node.meta.copy()
+            found.append(copied)
+        else:
+            found.append(node)
+    return tuple(found)
 
 
 def _path_name(path: Sequence[Any], position: int) -> str:

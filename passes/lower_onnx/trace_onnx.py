@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
+import re
 import warnings
 from collections.abc import Generator
 
@@ -15,9 +17,12 @@ from onnxscript import optimizer
 
 from sparsify.errors import ExportError
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names
+from sparsify.passes.lower_onnx.spell_attention import spell_attention
 from sparsify.passes.lower_onnx.spell_rsub import spell_rsub
+from sparsify.passes.lower_onnx.spell_size_ratios import spell_size_ratios
 
 _LONGEST_CAUSE = 400
+_STATIC = re.compile(r"inferred a static shape of \d+ for dimension inputs\[(\d+)\]\.shape\[(\d+)\]")
 
 
 def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
@@ -30,7 +35,8 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
     Raises:
         ExportError: `torch.onnx.export` refused the graph; the message holds its reason.
     """
-    spell_rsub(flat.graph)
+    for spell in (spell_rsub, spell_attention, spell_size_ratios):
+        spell(flat.graph)
     shapes = tuple(axes or None for axes in axis_names(flat).values())
     with _quiet(), torch.no_grad():
         try:
@@ -46,6 +52,9 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
                 verbose=False,
             )
         except Exception as error:
+            static = _static_dims(flat, _cause(error))
+            if static:
+                return trace_onnx(_with_fixed(flat, static), opset)
             raise ExportError(
                 f"torch.onnx.export failed: {_cause(error)}. Usually an op of the dense model cannot be "
                 f"expressed in opset {opset}; try another opset, or rewrite that op"
@@ -55,6 +64,20 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
     if written != opset:
         raise ExportError(f"torch.onnx.export wrote opset {written} instead of {opset}; ask for opset 18 or later")
     return _simplified(program.model)
+
+
+def _static_dims(flat: FlatGraph, cause: str) -> set[tuple[str, int]]:
+    """Dimensions that the exporter found to be fixed, though the capture had no reason to think so."""
+    names = list(flat.inputs)
+    return {(names[int(position)], int(dim)) for position, dim in _STATIC.findall(cause)}
+
+
+def _with_fixed(flat: FlatGraph, static: set[tuple[str, int]]) -> FlatGraph:
+    sizes = {
+        name: {dim: size for dim, size in dims.items() if (name, dim) not in static}
+        for name, dims in flat.size_names.items()
+    }
+    return dataclasses.replace(flat, size_names=sizes)
 
 
 def _simplified(model: ir.Model) -> ir.Model:

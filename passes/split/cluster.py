@@ -1,17 +1,23 @@
 """Balanced k-means: Lloyd steps whose assignment gives every cluster exactly the same size.
 
 The assignment is the linear assignment problem of points to places, each centroid repeated once per place
-(MoEfication, arXiv 2110.01786, section 3.2, with an exact solver). n points, d features, c clusters.
+(MoEfication, arXiv 2110.01786, section 3.2). As there are few centroids, it is solved exactly as a flow between them:
+every point starts at its nearest centroid, and points move from clusters that are too large to others along the
+cheapest chains (successive shortest paths: Ahuja, Magnanti and Orlin, Network Flows, section 9.7). A solver for
+general costs would need n^2 of memory and some n^3 of time. n points, d features, c clusters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 _MAX_STEPS = 20
+_ROUNDING = 1e-12  # of prices, which are differences of costs: a cycle of zero must not look like a gain
 
 
 def balanced_kmeans(features: Tensor, num_clusters: int, seed: int) -> Tensor:
@@ -26,13 +32,12 @@ def balanced_kmeans(features: Tensor, num_clusters: int, seed: int) -> Tensor:
         `[c, ceil(n / c)]` int64: the points of each cluster in rising order; -1 fills the places that stay empty.
     """
     size = -(-len(features) // num_clusters)
-    points = features.double()
     generator = torch.Generator().manual_seed(seed)
-    centroids = points[torch.randperm(len(points), generator=generator)[:num_clusters]]
-    labels = _assign(points, centroids, size)
+    centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]]
+    labels = _nearest(features, centroids, size)
     for _ in range(_MAX_STEPS):
-        centroids = _means(points, labels, centroids)
-        updated = _assign(points, centroids, size)
+        centroids = _means(features, labels, centroids)
+        updated = _nearest(features, centroids, size)
         if torch.equal(updated, labels):
             break
         labels = updated
@@ -43,15 +48,71 @@ def balanced_kmeans(features: Tensor, num_clusters: int, seed: int) -> Tensor:
     return clusters
 
 
-def _assign(points: Tensor, centroids: Tensor, size: int) -> Tensor:
+def _nearest(points: Tensor, centroids: Tensor, size: int) -> Tensor:
     """The cluster of each point `[n]`, least total squared distance, no cluster above `size`."""
-    cost = torch.cdist(points, centroids).square().numpy()
-    _, place = linear_sum_assignment(np.repeat(cost, size, axis=1))
-    return torch.from_numpy(place // size)
+    cost = centroids.square().sum(1) - 2 * points @ centroids.t()  # the squared distance but for the point's own norm
+    return torch.from_numpy(assign_balanced(cost.double().numpy(), size))
+
+
+def assign_balanced(cost: np.ndarray, size: int) -> np.ndarray:
+    """Assign points to clusters at the least total cost.
+
+    Args:
+        cost: `[n, c]`, of each point in each cluster; finite.
+        size: places in a cluster, at least n / c.
+
+    Returns:
+        `[n]` int64, the cluster of each point; no cluster has more than `size`.
+    """
+    clusters = cost.shape[1]
+    labels = cost.argmin(1)
+    counts = np.bincount(labels, minlength=clusters)
+    prices = np.full((clusters, clusters), np.inf)  # [a, b]: of moving the cheapest point of a to b
+    movers = np.zeros((clusters, clusters), dtype=np.int64)
+    _price(cost, labels, range(clusters), prices, movers)
+    while counts.max() > size:
+        path = _cheapest_path(prices, counts > size, counts < size)
+        for a, b in pairwise(path):
+            labels[movers[a, b]] = b
+        counts[path[0]] -= 1
+        counts[path[-1]] += 1
+        _price(cost, labels, path, prices, movers)
+    return labels
+
+
+def _price(
+    cost: np.ndarray, labels: np.ndarray, changed: Iterable[int], prices: np.ndarray, movers: np.ndarray
+) -> None:
+    """Bring the rows of the clusters that changed up to date."""
+    for a in changed:
+        members = np.flatnonzero(labels == a)
+        prices[a] = np.inf
+        if len(members):
+            increase = cost[members] - cost[members, a, None]
+            movers[a] = members[increase.argmin(0)]
+            prices[a] = increase.min(0)
+        prices[a, a] = np.inf
+
+
+def _cheapest_path(prices: np.ndarray, sources: np.ndarray, sinks: np.ndarray) -> list[int]:
+    """From any source to any sink, by Bellman and Ford: prices can be negative, but no cycle of them is."""
+    distance = np.where(sources, 0.0, np.inf)
+    before = np.full(len(distance), -1)
+    for _ in range(len(distance)):
+        through = distance[:, None] + prices
+        better = through.min(0) < distance - _ROUNDING
+        if not better.any():
+            break
+        before = np.where(better, through.argmin(0), before)
+        distance = np.where(better, through.min(0), distance)
+    path = [int(np.where(sinks, distance, np.inf).argmin())]
+    while before[path[-1]] >= 0:
+        path.append(int(before[path[-1]]))
+    return path[::-1]
 
 
 def _means(points: Tensor, labels: Tensor, previous: Tensor) -> Tensor:
     """Centroids `[c, d]`; a cluster without points, possible when there are spare places, keeps its centroid."""
-    sums = torch.zeros_like(previous).index_add_(0, labels, points)
-    counts = torch.bincount(labels, minlength=len(previous)).unsqueeze(1)
-    return torch.where(counts > 0, sums / counts.clamp(min=1), previous)
+    members = torch.nn.functional.one_hot(labels, len(previous)).to(points.dtype)  # [n, c]
+    counts = members.sum(0).unsqueeze(1)
+    return torch.where(counts > 0, members.t() @ points / counts.clamp(min=1), previous)

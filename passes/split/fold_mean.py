@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from sparsify.passes.split.experts import Experts
@@ -24,7 +25,7 @@ def fold_mean(experts: Experts, mean: Tensor) -> Experts:
     Returns:
         The experts with `expert_bias = -c` and `bias + sum c`.
     """
-    constants = (experts.down.double() @ mean.double().unsqueeze(-1)).squeeze(-1)  # [R, D_out]
+    constants = torch.stack([down.double() @ mu for down, mu in zip(experts.down, mean.double(), strict=True)])
     bias = constants.sum(0) if experts.bias is None else experts.bias.double() + constants.sum(0)
     dtype = experts.down.dtype
     return replace(experts, expert_bias=-constants.to(dtype), bias=bias.to(dtype))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +20,7 @@ from sparsify.passes.lower_onnx.flat_graph import (
     resize_inputs,
     with_outputs,
 )
+from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
 from sparsify.sparse_model import SparseModel, SparseModelInfo
 
 
@@ -124,3 +129,24 @@ def test_refuses_a_model_without_output() -> None:
     """An ONNX graph without outputs is not valid."""
     with pytest.raises(ExportError, match="returns no tensor"):
         _flat(_NoTensor(), torch.ones(2, 3))
+
+
+class _Checked(nn.Module):
+    """Asserts a condition on its values, and returns one of them twice."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        torch._check_tensor_all((ids >= 0) & (ids < 9))
+        y = x * 2
+        return {"a": y, "b": y + 1, "c": y, "d": y}
+
+
+def test_assertions_and_values_returned_twice(tmp_path: Path) -> None:
+    """A file has no assertions, and every output its own name."""
+    inputs = (torch.randn(2, 3), torch.ones(2, dtype=torch.int64))
+    flat = _flat(_Checked(), *inputs)
+    assert not [node for node in flat.graph.nodes if "assert" in str(node.target) or "all" in str(node.target)]
+    ir.save(trace_onnx(flat, 20), tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(["a", "b", "c", "d"], {"x": inputs[0].numpy(), "ids": inputs[1].numpy()})
+    for ours, dense in zip(found, _Checked()(*inputs).values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours), dense)

@@ -10,6 +10,7 @@ from sparsify.errors import ExportError
 from sparsify.passes.capture import capture
 from sparsify.passes.lower_onnx.flat_graph import flatten_graph
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
+from sparsify.sparse_model import SparseModel, SparseModelInfo
 
 
 @torch.library.custom_op("sparsify_test::foreign", mutates_args=())
@@ -60,3 +61,27 @@ def test_refuses_an_opset_that_it_did_not_write() -> None:
     model, ids = _Shared(), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ExportError, match="opset"):
         trace_onnx(flatten_graph(capture(model, (ids,)), (ids,), {}, {}), 5)
+
+
+class _Patches(nn.Module):
+    """Its channels are fixed by a product of sizes that the capture cannot solve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(3 * 4, 8)
+
+    def forward(self, image: Tensor) -> Tensor:
+        b, c, h, w = image.shape
+        patches = image.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)
+        return self.project(patches.reshape(b, (h // 2) * (w // 2), 4 * c).flatten(2))
+
+
+def test_sizes_that_only_the_exporter_finds_fixed() -> None:
+    """Such a dimension is fixed in the file, and the others stay free."""
+    image = torch.randn(2, 3, 4, 6)
+    graph_module = capture(_Patches().eval(), (image,))
+    sparse = SparseModel(graph_module, graph_module.graph)
+    sparse.info = SparseModelInfo((image,), {}, {}, None)
+    assert 1 in sparse.dynamic_dims()["image"]  # else nothing is tested here
+    model = trace_onnx(flatten_graph(sparse, (image,), {}, sparse.dynamic_dims()), 20)
+    assert [str(dim) for dim in model.graph.inputs[0].shape or ()] == ["batch", "3", "height", "width"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from sparsify.passes.split.cluster import balanced_kmeans
+from sparsify.passes.split.cluster import assign_balanced, balanced_kmeans
 
 
 @pytest.mark.parametrize(("points", "clusters"), [(12, 3), (13, 5), (7, 7), (5, 1), (10, 4)])
@@ -31,3 +33,20 @@ def test_is_deterministic() -> None:
     points = torch.randn(40, 3)
     assert torch.equal(balanced_kmeans(points, 5, seed=3), balanced_kmeans(points, 5, seed=3))
     assert not torch.equal(balanced_kmeans(points, 5, seed=3), balanced_kmeans(points, 5, seed=4))
+
+
+@pytest.mark.parametrize(("points", "clusters"), [(1, 1), (40, 1), (37, 37), (41, 4), (120, 7), (97, 31)])
+@pytest.mark.parametrize("skew", [0.0, 3.0], ids=["even", "one-cluster-is-near-to-all"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_assignment_is_the_best_one(points: int, clusters: int, skew: float, ties: bool) -> None:
+    """Protects: the total cost is that of scipy's solver for general costs, however crowded, ties or not."""
+    rng = np.random.default_rng(points)
+    cost = rng.standard_normal((points, clusters))
+    cost[:, 0] -= skew
+    cost = cost.round() if ties else cost
+    size = -(-points // clusters)
+    labels = assign_balanced(cost, size)
+    assert np.bincount(labels, minlength=clusters).max() <= size
+    repeated = np.repeat(cost, size, axis=1)
+    best = repeated[linear_sum_assignment(repeated)].sum()
+    assert cost[np.arange(points), labels].sum() == pytest.approx(best, abs=1e-9)
