@@ -11,6 +11,16 @@ from torch.fx import Graph, Node
 from sparsify.passes.graph_values import fake_tensor
 
 aten = torch.ops.aten
+_DEFAULTS: dict[str, Any] = {
+    "query": None,
+    "key": None,
+    "value": None,
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 
 def spell_attention(graph: Graph) -> None:
@@ -32,9 +42,8 @@ def spell_attention(graph: Graph) -> None:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    schema = aten.scaled_dot_product_attention.default._schema
-    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema.arguments}
+    given = dict(zip(_DEFAULTS, node.args, strict=False)) | dict(node.kwargs)
+    return {**_DEFAULTS, **given}
 
 
 def _spell(graph: Graph, arguments: dict[str, Any], scale: float) -> Node:
