@@ -17,6 +17,7 @@ from onnxscript import optimizer
 
 from sparsify.errors import ExportError
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names
+from sparsify.passes.lower_onnx.spell_adaptive_pool import spell_adaptive_pool
 from sparsify.passes.lower_onnx.spell_attention import spell_attention
 from sparsify.passes.lower_onnx.spell_rsub import spell_rsub
 from sparsify.passes.lower_onnx.spell_size_ratios import spell_size_ratios
@@ -35,7 +36,7 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
     Raises:
         ExportError: `torch.onnx.export` refused the graph; the message holds its reason.
     """
-    for spell in (spell_rsub, spell_attention, spell_size_ratios):
+    for spell in (spell_rsub, spell_attention, spell_size_ratios, spell_adaptive_pool):
         spell(flat.graph)
     shapes = tuple(axes or None for axes in axis_names(flat).values())
     with _quiet(), torch.no_grad():
