@@ -28,6 +28,14 @@ _VIEWS = frozenset(
     }
 )  # fmt: skip
 
+# Of these, what leaves every number in its place, so that equal shapes are equal tensors.
+_KEEP_ORDER = frozenset(
+    {
+        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "slice", "expand", "contiguous", "clone", "to",
+        "detach", "alias", "lift_fresh_copy",
+    }
+)  # fmt: skip
+
 
 def is_constant(node: Node) -> bool:
     """The node holds the same value for every input of the model."""
@@ -74,14 +82,26 @@ def is_quantised(node: Node) -> bool:
 def describe_constant(graph_module: GraphModule, node: Node) -> str:
     """The expression as text: equal texts are equal values.
 
-    Single numbers count by value, as tracing stores one anew at every call that makes it.
+    Single numbers count by value, as tracing stores one anew at every call that makes it. Views that change nothing are
+    left out.
     """
+    if _changes_nothing(node):
+        return describe_constant(graph_module, node.all_input_nodes[0])
     if node.op == "get_attr":
         value = parameter_at(graph_module, str(node.target))
         is_number = value.dim() == 0 and not value.is_meta and not isinstance(value, nn.Parameter)
         return f"{value.dtype} {value.item()!r}" if is_number else str(node.target)
     arguments = map_arg((node.args, node.kwargs), lambda argument: _Text(describe_constant(graph_module, argument)))
     return f"{node.target}{arguments}"
+
+
+def _changes_nothing(node: Node) -> bool:
+    if op_name(node) not in _KEEP_ORDER or not node.all_input_nodes:
+        return False
+    before, after = fake_tensor(node.all_input_nodes[0]), fake_tensor(node)
+    if before is None or after is None:
+        return False
+    return (before.shape, before.dtype) == (after.shape, after.dtype)
 
 
 class _Text(str):

@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ExportError
+from sparsify.passes.graph_values import is_in_place
 
 _CHECKS = (
     torch.ops.aten._assert_scalar.default,
@@ -72,7 +73,7 @@ def flatten_graph(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[st
         node.meta = source.meta.copy()
     named = _named_outputs(model, output, inputs)
     graph.output(_distinct(graph, named.values()))
-    _drop_checks(graph)
+    _drop_unread(graph)
     graph.lint()
     size_names = {name: dict(sizes.get(name, {})) for name in inputs}
     return FlatGraph(graph, model, inputs, tuple(named), size_names)
@@ -106,14 +107,12 @@ def _make_constant(graph: fx.Graph, placeholder: Node, value: object) -> None:
     graph.erase_node(placeholder)
 
 
-def _drop_checks(graph: fx.Graph) -> None:
-    """Assertions have no counterpart in ONNX; what only they read goes with them."""
-    needless: set[Node] = set()
+def _drop_unread(graph: fx.Graph) -> None:
+    """Erase assertions, which ONNX lacks, and what nothing reads, so that every layer left is in the file."""
     for node in reversed(list(graph.nodes)):
-        if node.target not in _CHECKS and (node not in needless or node.users):
-            continue
-        needless.update(source for source in node.all_input_nodes if source.op == "call_function")
-        graph.erase_node(node)
+        is_unread = not node.users and node.op not in ("placeholder", "output") and not is_in_place(node)
+        if is_unread or node.target in _CHECKS:
+            graph.erase_node(node)
 
 
 def _named_outputs(model: fx.GraphModule, output: Any, taken: Mapping[str, object]) -> dict[str, Node]:

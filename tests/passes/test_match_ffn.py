@@ -144,6 +144,25 @@ def test_layers_that_overlap_or_share_weights() -> None:
     assert not rejections
 
 
+class TiedTwice(nn.Module):
+    """Down is the transpose of up; the second call spells both with views that change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.linear(torch.relu(functional.linear(x, self.weight)), self.weight.t())
+        again = self.weight.flatten(1).view(16, 8)[:]
+        return functional.linear(torch.relu(functional.linear(y, again)), again.reshape(16, 8).t())
+
+
+def test_weights_shared_through_other_views() -> None:
+    """Protects: one bank of experts, however the sites spell the same weight (found by the fuzzer)."""
+    matches, _ = find(TiedTwice(), torch.randn(2, 5, 8))
+    assert [len(match.sites) for match in matches] == [2]
+
+
 def test_matching_does_not_mutate() -> None:
     """Protects: `inspect` can be called on anything at any time."""
     graph_module = NormalizeLinearPass()(capture(GPT(GPTConfig()), (IDS,))).graph_module

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsify import export_onnx, sparsify
 from sparsify.errors import ExportError
 from sparsify.passes.capture import capture
 from sparsify.passes.lower_onnx.flat_graph import (
@@ -150,3 +151,22 @@ def test_assertions_and_values_returned_twice(tmp_path: Path) -> None:
     found = session.run(["a", "b", "c", "d"], {"x": inputs[0].numpy(), "ids": inputs[1].numpy()})
     for ours, dense in zip(found, _Checked()(*inputs).values(), strict=True):
         torch.testing.assert_close(torch.as_tensor(ours), dense)
+
+
+class _DeadEnd(nn.Module):
+    """Its second FFN is computed for nothing, as the last layer of some encoders is for one of their streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.dead = (nn.Sequential(nn.Linear(6, 13), nn.ReLU(), nn.Linear(13, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dead(x)
+        return self.ffn(x)
+
+
+def test_a_layer_that_nothing_reads(tmp_path: Path) -> None:
+    """It is not in the file, and not looked for there."""
+    sparse = sparsify(_DeadEnd().eval(), torch.randn(3, 6), num_experts=4, top_k=2, select="all", router_hidden_size=4)
+    report = export_onnx(sparse, tmp_path / "m.onnx")
+    assert [layer.name for layer in report.layers] == ["ffn"]
