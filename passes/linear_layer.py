@@ -101,6 +101,8 @@ def read_grouped(node: Node) -> LinearLayer | None:
     if dims is not None:
         given = arguments(node)
         return LinearLayer(node, as_node(given["input"]), as_node(given["weight"]), given["bias"], -1 - dims)
+    if "grouped_mm" in op_name(node):  # aten::_grouped_mm, and what stands in for it where it has no kernel
+        return LinearLayer(node, as_node(node.args[0]), as_node(node.args[1]), None, -1)
     if node.target not in _BATCHED or len(node.all_input_nodes) < 2:
         return None
     weight = next((operand for operand in node.all_input_nodes if _is_bank(operand)), None)

@@ -20,7 +20,8 @@ import torch
 from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
-from sparsify.errors import LoadError, VerificationError
+from sparsify.errors import ExportError, LoadError, VerificationError
+from sparsify.passes.graph_values import op_name
 from sparsify.passes.lower_onnx.find_layers import Layer, find_layers
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph
 from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_target
@@ -29,6 +30,10 @@ from sparsify.passes.lower_onnx.runtime import open_session, require_runtime, ru
 from sparsify.sparse_model import SparseModel
 
 _OTHER_SHAPES = 3
+_RANDOM = frozenset(
+    {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "multinomial", "bernoulli",
+     "normal", "uniform", "exponential", "poisson"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
 
     Raises:
         VerificationError: expert ids or outputs differ, or the file belongs to another model.
-        ExportError: onnxruntime cannot load or run the file.
+        ExportError: onnxruntime cannot load or run the file, or the model draws random numbers.
         LoadError: the file is damaged, or no ONNX file.
         OSError: the file cannot be read.
         ImportError: onnxruntime is not installed.
@@ -98,6 +103,7 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
 def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     """`verify_onnx` for a model that is flat already, and which may have no experts at all."""
     require_runtime()
+    _refuse_random(flat)
     proto = _load(path)
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
@@ -151,6 +157,16 @@ def _check_routing(
         if len(clean) > _OTHER_SHAPES:
             break
     return clean, checks
+
+
+def _refuse_random(flat: FlatGraph) -> None:
+    """Raise if two runs need not agree."""
+    for node in flat.graph.nodes:
+        if op_name(node).rstrip("_") in _RANDOM:
+            raise ExportError(
+                f"the model draws random numbers (`{node.name}`), in onnxruntime others than in PyTorch, so the file "
+                "cannot be compared. Pass the numbers as an input of the model, or export with verify=False"
+            )
 
 
 def _check_layers(path: Path, layers: Sequence[Layer], file_layers: Sequence[FileLayer]) -> None:

@@ -22,6 +22,7 @@ from sparsify.passes.split.train_router import expert_norms, train_router
 from sparsify.passes.verify import receipt
 from sparsify.routers import MLPRouter
 
+_RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
 _HELD_OUT = 10  # every tenth token is kept out of every fit
 
 
@@ -72,7 +73,7 @@ def split_ffn(
     result = SplitResult(
         experts=experts,
         router=router,
-        receipt=receipt(dense, experts, measured.x),
+        receipt=receipt(dense, experts, torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])),
         error=error,
         error_before_refit=None,
         tokens_per_expert=tuple(torch.bincount(expert_ids.flatten(), minlength=experts.num_routed).tolist()),

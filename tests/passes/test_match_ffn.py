@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as functional
+import transformers
 from torch import Tensor, nn
 
 from sparsify.models.bert import Bert, BertConfig
@@ -142,6 +143,24 @@ def test_layers_that_overlap_or_share_weights() -> None:
     matches, rejections = find(nn.Sequential(ffn, ffn), torch.randn(2, 5, 8))
     assert [len(match.sites) for match in matches] == [2]
     assert not rejections
+
+
+def test_experts_that_are_there_already() -> None:
+    """Protects: an MoE layer that multiplies its experts in one grouped op is listed, and not converted."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=99,
+        hidden_size=32,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        use_cache=False,
+    )
+    matches, rejections = find(transformers.Qwen3MoeModel(config).eval(), torch.randint(0, 99, (2, 5)))
+    assert not matches
+    assert ["as experts of a Mixture-of-Experts layer have" in rejection.reason for rejection in rejections] == [True]
 
 
 class TiedTwice(nn.Module):

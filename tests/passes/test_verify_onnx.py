@@ -12,8 +12,10 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import Tensor, nn
 
-from sparsify.errors import LoadError, VerificationError
+from sparsify import sparsify
+from sparsify.errors import ExportError, LoadError, VerificationError
 from sparsify.passes.export_onnx import export_onnx
 from sparsify.passes.verify_onnx import verify_onnx
 from sparsify.sparse_model import SparseModel
@@ -86,3 +88,23 @@ def test_a_near_tie_is_no_error(exported: tuple[SparseModel, Path]) -> None:
             bias[0] += 1e-6
     with pytest.raises(VerificationError, match="some experts score alike"):
         verify_onnx(sparse, path)
+
+
+class Noisy(nn.Module):
+    """Draws noise in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.Linear(6, 13), nn.ReLU(), nn.Linear(13, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(x + torch.rand_like(x))
+
+
+def test_a_random_model_cannot_be_compared(tmp_path: Path) -> None:
+    """Protects: the message names the draw and what to do; without the comparison the file is written."""
+    sparse = sparsify(Noisy().eval(), torch.randn(3, 6), num_experts=4, top_k=2, select="all", router_hidden_size=4)
+    with pytest.raises(ExportError, match="draws random numbers"):
+        export_onnx(sparse, tmp_path / "m.onnx")
+    export_onnx(sparse, tmp_path / "m.onnx", verify=False)
+    assert (tmp_path / "m.onnx").exists()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sparsify import SparsifyConfig
-from sparsify.passes.split.dense_ffn import DenseFFN
+from sparsify.passes.split.dense_ffn import DenseFFN, Linear
 from sparsify.passes.split.split_ffn import Sample, hold_out, split_ffn
 
 
@@ -51,3 +53,17 @@ def test_is_deterministic(dense: DenseFFN) -> None:
     first, second = (split_ffn(dense, fit, measured, config, may_refit=True) for _ in range(2))
     assert torch.equal(first.experts.down, second.experts.down)
     assert first.tokens_per_expert == second.tokens_per_expert
+
+
+def test_an_ffn_that_is_zero_on_the_example(dense: DenseFFN) -> None:
+    """Protects: the receipt is relative to what the FFN computes elsewhere, not to the zeros of a few tokens."""
+    silent = replace(dense, down=replace(dense.down, bias=None), projections=tuple(map(_biased, dense.projections)))
+    fit = Sample(torch.randn(400, 7), torch.empty(0))
+    measured = Sample(torch.zeros(2, 7), torch.zeros(2, dense.down.weight.shape[0]))
+    assert float(silent(measured.x).abs().max()) < 1e-6  # else nothing is tested here
+    result = split_ffn(silent, fit, measured, SparsifyConfig(num_experts=6, top_k=6), may_refit=False)
+    assert result.receipt <= 1e-5
+
+
+def _biased(linear: Linear) -> Linear:
+    return replace(linear, bias=torch.full((linear.weight.shape[0],), -60.0), weight=linear.weight * 60)
