@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from sparsify.errors import CaptureError
+from sparsify.errors import CalibrationError, CaptureError
 from sparsify.passes.calibrate import Call
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, run_model
 from sparsify.passes.foreign_values import refuse_foreign_inputs
@@ -143,6 +143,9 @@ def record_calls(model: nn.Module, name: str, example: Call, batches: Iterable[C
 
     Yields:
         Copies of the inputs, with the mask of the batch.
+
+    Raises:
+        CalibrationError: the model does not run on a batch.
     """
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     wanted = _signature(example.args, example.kwargs)
@@ -151,11 +154,13 @@ def record_calls(model: nn.Module, name: str, example: Call, batches: Iterable[C
         if _signature(args, kwargs) == wanted:
             found.append(pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
 
-    for batch in batches:
+    for index, batch in enumerate(batches):
         handle = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
         try:
             with evaluation_mode(model):
                 run_model(model, batch.args, batch.kwargs)
+        except CaptureError as error:
+            raise CalibrationError(f"calibration batch {index}: {error}") from error
         finally:
             handle.remove()
         yield from (Call(args, kwargs, batch.mask) for args, kwargs in found)

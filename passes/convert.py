@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ def _free(
 
 def _return_to_system() -> None:
     """Glibc keeps freed blocks below 32 MB for itself: freed weights would pile up between new ones."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

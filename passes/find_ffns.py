@@ -85,7 +85,7 @@ def find_ffns(model: nn.Module, captured: CapturedParts, args: tuple[Any, ...], 
     calls = observe_calls(model, args, kwargs, covers)
     misfits = {name: misfit(cover, calls) for part in parts for name, cover in part.covers.items()}
     reasons = {name: f"{CANNOT_GO_BACK}: {reason}" if reason else None for name, reason in misfits.items()}
-    reasons |= dict.fromkeys(_experts(parts, captured.skipped), _IS_EXPERT)
+    reasons |= dict.fromkeys(_experts(model, parts, captured.skipped), _IS_EXPERT)
     stuck = [match for part in parts for match in part.matches if reasons[match.name]]
     rejections += [Rejection(match.name, reasons[match.name] or "", match.sites[0].down) for match in stuck]
     parts = [_keep(part, [match for match in part.matches if not reasons[match.name]]) for part in parts]
@@ -98,22 +98,26 @@ def _match(part: CapturedPart) -> tuple[FFNPart, list[Rejection]]:
     graph_module = NormalizeLinearPass()(part.graph_module).graph_module
     matches, rejections = match_ffn(graph_module)
     covers = {match.name: cover_with_modules(graph_module, match) for match in matches}
-    return FFNPart(part.name, graph_module, as_call((part.args, part.kwargs)), tuple(matches), covers), rejections
+    # A mask that a module is given may mean anything; only that of the model itself marks padding.
+    example = Call(part.args, part.kwargs, None) if part.name else as_call((part.args, part.kwargs))
+    return FFNPart(part.name, graph_module, example, tuple(matches), covers), rejections
 
 
-def _experts(parts: Sequence[FFNPart], skipped: Sequence[SkippedPart]) -> list[str]:
-    """FFNs that are a part each and have twins beside them that get other numbers of tokens."""
+def _experts(model: nn.Module, parts: Sequence[FFNPart], skipped: Sequence[SkippedPart]) -> list[str]:
+    """FFNs that are a part each and have twins beside them that get other numbers of tokens, or none."""
     alone = [part for part in parts if any(cover.modules == (part.name,) for cover in part.covers.values())]
-    beside: dict[tuple[str, str], set[str]] = {}
-    for part in alone:
-        beside.setdefault(_kind(part), set()).add(_shapes(tensor_leaves((part.example.args, part.example.kwargs))))
-    idle = {part.name.rpartition(".")[0] for part in skipped if part.reason == NOT_CALLED}
-    routed = [part for part in alone if len(beside[_kind(part)]) > 1 or part.name.rpartition(".")[0] in idle]
-    return [match.name for part in routed for match in part.matches]
+    given = [tensor_leaves((part.example.args, part.example.kwargs)) for part in alone]
+    fed = [(_kind(model, part.name), _shapes(tensors)) for part, tensors in zip(alone, given, strict=True)]
+    fed += [(_kind(model, part.name), "nothing") for part in skipped if part.reason == NOT_CALLED]
+    inputs: dict[tuple[str, str], set[str]] = {}
+    for kind, shapes in fed:
+        inputs.setdefault(kind, set()).add(shapes)
+    return [match.name for part in alone if len(inputs[_kind(model, part.name)]) > 1 for match in part.matches]
 
 
-def _kind(part: FFNPart) -> tuple[str, str]:
-    return part.name.rpartition(".")[0], _shapes(part.graph_module.parameters())
+def _kind(model: nn.Module, name: str) -> tuple[str, str]:
+    """Twins stand in the same module and have weights of the same shapes."""
+    return name.rpartition(".")[0], _shapes(model.get_submodule(name).parameters())
 
 
 def _shapes(tensors: Iterable[Tensor]) -> str:

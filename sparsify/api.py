@@ -16,8 +16,8 @@ from sparsify.convert_parts import Conversion, convert_parts
 from sparsify.errors import CaptureError, NoFFNError
 from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
 from sparsify.passes.calibrate import Call, read_batches, without_padding
-from sparsify.passes.capture import DynamicShapes, evaluation_mode, same_random_numbers
-from sparsify.passes.capture_parts import CapturedParts, SkippedPart, capture_parts
+from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, same_random_numbers
+from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart, capture_parts
 from sparsify.passes.convert import convert
 from sparsify.passes.find_ffns import FoundFFNs, find_ffns
 from sparsify.passes.graph_values import tensor_leaves
@@ -164,11 +164,12 @@ def _capture(
     dynamic_shapes: DynamicShapes,
     allow_parts: bool,
 ) -> CapturedParts:
-    captured = capture_parts(model, args, kwargs, dynamic_shapes)
+    if allow_parts:
+        captured = capture_parts(model, args, kwargs, dynamic_shapes)
+    else:
+        captured = CapturedParts((CapturedPart("", capture(model, args, kwargs, dynamic_shapes), args, kwargs),))
     if captured.error is None:
         _require_free_names(model, captured.parts[0].graph_module)
-    if captured.error is not None and not allow_parts:
-        raise captured.error
     return captured
 
 

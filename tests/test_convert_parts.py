@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify import SparseModel, export_onnx, inspect, sparsify
-from sparsify.errors import CaptureError, ExportError, NoFFNError, OutputError
+from sparsify.errors import CalibrationError, CaptureError, ExportError, NoFFNError, OutputError
 from sparsify.partial_model import PartialSparseModel
 
 OPTIONS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "select": "all", "router_hidden_size": 4}
@@ -123,6 +123,26 @@ def test_calibration_sees_what_the_part_is_called_with(model: Branching) -> None
     assert all(ffn.error_before_refit is not None for ffn in sparse.report.converted)
 
 
+def test_a_batch_that_does_not_fit(model: Branching) -> None:
+    """Protects: the batch is named."""
+    with pytest.raises(CalibrationError, match=r"calibration batch 1.*do not fit"):
+        sparsify(model, (X,), calibration=[X, torch.randn(2, 5, 7)], **OPTIONS)
+
+
+class Inverted(Branching):
+    """Gives its blocks a mask of the opposite sense, 0 for tokens."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        return super().forward(x, None if attention_mask is None else 1 - attention_mask)
+
+
+def test_a_mask_within_the_model_is_no_padding() -> None:
+    """Protects: without calibration data too, parts see all tokens of the example."""
+    ones = torch.ones(2, 5, dtype=torch.int64)
+    sparse = sparsify(Inverted().eval(), (), {"x": X, "attention_mask": ones}, **OPTIONS)
+    assert len(sparse.report.converted) == 3
+
+
 def test_unused_calibration_is_not_read(model: Branching) -> None:
     """Protects: data that can be read once is not consumed where every layer stays dense."""
     batches = iter([X])
@@ -205,7 +225,7 @@ class Routed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(6, 3)
+        self.gate, self.unused = nn.Linear(6, 3), nn.Bilinear(6, 6, 6)
         self.experts = nn.ModuleList(FeedForward(6) for _ in range(3))
         self.ffn = FeedForward(6)
 
