@@ -32,6 +32,7 @@ from sparsify.passes.split.statistics import chunks
 from sparsify.passes.verify import check_receipt
 
 _SYNTHETIC_TOKENS = 4096
+_M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def convert(
     if not todo:
         return results, 0
     if consume:
-        _return_to_system()  # what loading the model left behind
+        _give_freed_memory_back()
     batches = [example] if calibration is None else calibration
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     may_free_early = all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
@@ -144,8 +145,6 @@ def _free(
     Returns:
         What must wait, as the dense stream has not passed it.
     """
-    if not outdated:
-        return outdated
     kept = {id(parameter) for parameter in graph_module.parameters()}
     waiting: list[tuple[str, nn.Parameter]] = []
     for down, parameter in outdated:
@@ -153,16 +152,21 @@ def _free(
             waiting.append((down, parameter))
         elif id(parameter) not in kept:
             parameter.data = parameter.data.new_empty(0)
-    _return_to_system()
     return waiting
 
 
-def _return_to_system() -> None:
-    """Glibc keeps freed blocks below 32 MB for itself: freed weights would pile up between new ones."""
+def _give_freed_memory_back() -> None:
+    """Have glibc map every block from 64 KB on by itself, now and later, so that freed weights leave the process.
+
+    Else it keeps blocks of up to 32 MB for itself once one of that size was freed, and they pile up between new ones.
+    """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other libcs lack it
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
+        libc.malloc_trim(0)
 
 
 def _in_order(graph_module: GraphModule, matches: list[FFNMatch]) -> list[FFNMatch]:

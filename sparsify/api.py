@@ -110,7 +110,8 @@ def sparsify(
             and the example inputs alone, which costs quality.
         dynamic_shapes: "auto", or what `torch.export.export` takes.
         consume_model: free the dense weights of every FFN once it is converted, so that dense and converted weights are
-            never all held at once (at the end, where sites share an FFN). The model is useless afterwards.
+            never all held at once (at the end, where sites share an FFN). The model is useless afterwards. With glibc
+            this sets `M_MMAP_THRESHOLD` of the process (mallopt), without which it would keep what is freed.
         allow_parts: False refuses a model that cannot be traced as a whole, as one that will be saved or exported must.
         progress: called as `progress(stage, done, total)`.
         **options: fields of `SparsifyConfig`.
