@@ -152,11 +152,13 @@ def _free(
             waiting.append((down, parameter))
         elif id(parameter) not in kept:
             parameter.data = parameter.data.new_empty(0)
+    if len(waiting) < len(outdated):
+        _give_freed_memory_back()
     return waiting
 
 
 def _give_freed_memory_back() -> None:
-    """Have glibc map every block from 64 KB on by itself, now and later, so that freed weights leave the process.
+    """Trim the heap, and have glibc map every block from 64 KB on by itself, now and later.
 
     Else it keeps blocks of up to 32 MB for itself once one of that size was freed, and they pile up between new ones.
     """
