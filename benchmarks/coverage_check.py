@@ -170,14 +170,15 @@ def _compare(row: Row, state: dict[str, Any]) -> None:
     from torch.utils import _pytree as pytree
 
     from sparsify import sparsify
+    from sparsify.passes.capture import same_random_numbers
 
     model, (args, kwargs) = state["model"], state["given"]
     exact = sparsify(model, args, kwargs, select="all", num_experts=4, top_k=4)
     with torch.no_grad():
-        torch.manual_seed(0)  # some models draw random numbers in evaluation mode too
-        expected = pytree.tree_leaves(model(*args, **kwargs))
-        torch.manual_seed(0)
-        pairs = zip(expected, pytree.tree_leaves(exact(*args, **kwargs)), strict=True)
+        with same_random_numbers():
+            expected = pytree.tree_leaves(model(*args, **kwargs))
+        with same_random_numbers():
+            pairs = zip(expected, pytree.tree_leaves(exact(*args, **kwargs)), strict=True)
         row.output_error = max(_difference(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
     if not row.output_error <= OUTPUT_BOUND:
         row.failures["all experts"] = f"outputs differ by {row.output_error:.1e}, above {OUTPUT_BOUND:.0e}"

@@ -96,7 +96,7 @@ def describe_constant(graph_module: GraphModule, node: Node) -> str:
 
 
 def _changes_nothing(node: Node) -> bool:
-    if op_name(node) not in _KEEP_ORDER or not node.all_input_nodes:
+    if op_name(node) not in _KEEP_ORDER:
         return False
     before, after = fake_tensor(node.all_input_nodes[0]), fake_tensor(node)
     if before is None or after is None:

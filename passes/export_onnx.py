@@ -39,7 +39,7 @@ from sparsify.passes.lower_onnx.lower_placeholders import lower_placeholders
 from sparsify.passes.lower_onnx.metadata import FileLayer, metadata
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
-from sparsify.passes.verify_onnx import OnnxParity, compare_file, verify_onnx
+from sparsify.passes.verify_onnx import OnnxParity, compare_file, refuse_random, verify_onnx
 from sparsify.sparse_model import SparseModel
 
 # A protobuf message ends at 2 GiB; names and nodes need a little of it.
@@ -126,7 +126,8 @@ def export_onnx(
 
     Raises:
         ValueError: an option is unknown.
-        ExportError: the model cannot be exported, or `lowering="moe_op"` does not fit a layer.
+        ExportError: the model cannot be exported, or draws random numbers, which `verify` cannot compare; or
+            `lowering="moe_op"` does not fit a layer.
         VerificationError: the file computes something else than the model.
         OutputError: the file cannot be written.
         ImportError: `verify` needs onnxruntime, which is not installed.
@@ -140,6 +141,7 @@ def export_onnx(
         )
     if verify:
         require_runtime()
+        refuse_random(sparse.graph)
     path = Path(path)
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
     with _workshop(path) as workshop:

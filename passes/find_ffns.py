@@ -84,11 +84,11 @@ def find_ffns(model: nn.Module, captured: CapturedParts, args: tuple[Any, ...], 
     covers = [cover for part in parts for cover in part.covers.values()]
     calls = observe_calls(model, args, kwargs, covers)
     misfits = {name: misfit(cover, calls) for part in parts for name, cover in part.covers.items()}
-    reasons = {name: f"{CANNOT_GO_BACK}: {reason}" if reason else None for name, reason in misfits.items()}
+    reasons = {name: f"{CANNOT_GO_BACK}: {reason}" for name, reason in misfits.items() if reason}
     reasons |= dict.fromkeys(_experts(model, parts, captured.skipped), _IS_EXPERT)
-    stuck = [match for part in parts for match in part.matches if reasons[match.name]]
-    rejections += [Rejection(match.name, reasons[match.name] or "", match.sites[0].down) for match in stuck]
-    parts = [_keep(part, [match for match in part.matches if not reasons[match.name]]) for part in parts]
+    stuck = [match for part in parts for match in part.matches if match.name in reasons]
+    rejections += [Rejection(match.name, reasons[match.name], match.sites[0].down) for match in stuck]
+    parts = [_keep(part, [match for match in part.matches if match.name not in reasons]) for part in parts]
     if not any(part.matches for part in parts) and not rejections:
         raise CaptureError(f"{captured.error} No part of it that can be traced holds an FFN.") from captured.error
     return FoundFFNs(tuple(parts), tuple(rejections), captured.skipped)

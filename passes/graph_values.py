@@ -77,7 +77,9 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
 
 
 def op_name(node: Node) -> str:
-    """`add` for `aten.add.Tensor`."""
+    """`add` for `aten.add.Tensor`; "" for what is no op: an input or a weight may have the name of one."""
+    if node.op != "call_function":
+        return ""
     return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", node.target))
 
 

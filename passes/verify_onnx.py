@@ -19,6 +19,7 @@ import onnx
 import torch
 from onnx.external_data_helper import uses_external_data
 from torch import Tensor
+from torch.fx import Graph
 
 from sparsify.errors import ExportError, LoadError, VerificationError
 from sparsify.passes.graph_values import op_name
@@ -103,7 +104,7 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
 def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     """`verify_onnx` for a model that is flat already, and which may have no experts at all."""
     require_runtime()
-    _refuse_random(flat)
+    refuse_random(flat.graph)
     proto = _load(path)
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
@@ -159,9 +160,13 @@ def _check_routing(
     return clean, checks
 
 
-def _refuse_random(flat: FlatGraph) -> None:
-    """Raise if two runs need not agree."""
-    for node in flat.graph.nodes:
+def refuse_random(graph: Graph) -> None:
+    """Do nothing if two runs agree.
+
+    Raises:
+        ExportError: the model draws random numbers.
+    """
+    for node in graph.nodes:
         if op_name(node).rstrip("_") in _RANDOM:
             raise ExportError(
                 f"the model draws random numbers (`{node.name}`), in onnxruntime others than in PyTorch, so the file "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsify.api import Inspection, inspect, sparsify
 from sparsify.config import SparsifyConfig
+from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.export_onnx import ExportReport, LayerExport, export_onnx
 from sparsify.passes.match_ffn import FFNMatch, Rejection
 from sparsify.passes.plan import ConversionPlan, LayerPlan
@@ -21,6 +22,7 @@ __all__ = [
     "LayerPlan",
     "MetricReport",
     "OnnxParity",
+    "PartialSparseModel",
     "Rejection",
     "Report",
     "SparseModel",

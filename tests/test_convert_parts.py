@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify import SparseModel, export_onnx, inspect, sparsify
+from sparsify import PartialSparseModel, SparseModel, export_onnx, inspect, sparsify
 from sparsify.errors import CalibrationError, CaptureError, ExportError, NoFFNError, OutputError
-from sparsify.partial_model import PartialSparseModel
 
 OPTIONS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "select": "all", "router_hidden_size": 4}
 

@@ -30,7 +30,7 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
     """Export the graph; tensors of the model are referred to, not copied.
 
     Args:
-        flat: the graph, its example inputs and dynamic dimensions.
+        flat: the graph, its example inputs and dynamic dimensions. Ops that the exporter lacks are spelled out in it.
         opset: the version of the standard ONNX operators.
 
     Raises:
@@ -70,7 +70,8 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
 def _static_dims(flat: FlatGraph, cause: str) -> set[tuple[str, int]]:
     """Dimensions that the exporter found to be fixed, though the capture had no reason to think so."""
     names = list(flat.inputs)
-    return {(names[int(position)], int(dim)) for position, dim in _STATIC.findall(cause)}
+    found = {(names[int(position)], int(dim)) for position, dim in _STATIC.findall(cause)}
+    return {(name, dim) for name, dim in found if dim in flat.size_names[name]}
 
 
 def _with_fixed(flat: FlatGraph, static: set[tuple[str, int]]) -> FlatGraph:

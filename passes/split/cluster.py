@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 _MAX_STEPS = 20
-_ROUNDING = 1e-12  # of prices, which are differences of costs: a cycle of zero must not look like a gain
+_ROUNDING = 1e-12  # of prices, which are differences of costs up to 1: a cycle of zero must not look like a gain
+_TINY = 1e-300
 
 
 def balanced_kmeans(features: Tensor, num_clusters: int, seed: int) -> Tensor:
@@ -65,6 +66,7 @@ def assign_balanced(cost: np.ndarray, size: int) -> np.ndarray:
         `[n]` int64, the cluster of each point; no cluster has more than `size`.
     """
     clusters = cost.shape[1]
+    cost = cost / max(float(np.abs(cost).max()), _TINY)  # so that rounding errors have one size
     labels = cost.argmin(1)
     counts = np.bincount(labels, minlength=clusters)
     prices = np.full((clusters, clusters), np.inf)  # [a, b]: of moving the cheapest point of a to b

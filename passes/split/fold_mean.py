@@ -25,7 +25,8 @@ def fold_mean(experts: Experts, mean: Tensor) -> Experts:
     Returns:
         The experts with `expert_bias = -c` and `bias + sum c`.
     """
-    constants = torch.stack([down.double() @ mu for down, mu in zip(experts.down, mean.double(), strict=True)])
+    outputs = [down.double() @ mu for down, mu in zip(experts.down, mean.double(), strict=True)]  # one by one: fp64
+    constants = torch.stack(outputs)  # [R, D_out]
     bias = constants.sum(0) if experts.bias is None else experts.bias.double() + constants.sum(0)
     dtype = experts.down.dtype
     return replace(experts, expert_bias=-constants.to(dtype), bias=bias.to(dtype))

@@ -163,6 +163,25 @@ def test_experts_that_are_there_already() -> None:
     assert ["as experts of a Mixture-of-Experts layer have" in rejection.reason for rejection in rejections] == [True]
 
 
+class NamedLikeOps(nn.Module):
+    """Inputs and weights that are called like ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.Parameter(torch.randn(16, 8))
+        self.grouped_mm = nn.Parameter(torch.randn(8, 16))
+
+    def forward(self, cat: Tensor, index: Tensor, mul: Tensor) -> Tensor:
+        hidden = torch.relu(functional.linear(cat, self.relu))
+        return functional.linear(hidden, self.grouped_mm) + functional.linear(torch.relu(index) + mul, self.grouped_mm)
+
+
+def test_names_of_ops_mean_nothing() -> None:
+    """Protects: only calls are ops, whatever inputs and weights are called."""
+    matches, _ = find(NamedLikeOps(), torch.randn(2, 8), torch.randn(2, 16), torch.randn(2, 16))
+    assert [match.activation for match in matches] == ["relu"]
+
+
 class TiedTwice(nn.Module):
     """Down is the transpose of up; the second call spells both with views that change nothing."""
 

@@ -97,14 +97,25 @@ class Noisy(nn.Module):
         super().__init__()
         self.ffn = nn.Sequential(nn.Linear(6, 13), nn.ReLU(), nn.Linear(13, 6))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ffn(x + torch.rand_like(x))
+    def forward(self, x: Tensor, normal: Tensor) -> Tensor:
+        return self.ffn(x + torch.rand_like(x) + normal)
+
+
+class Named(Noisy):
+    """Has an input with the name of a draw."""
+
+    def forward(self, x: Tensor, normal: Tensor) -> Tensor:
+        return self.ffn(x + normal)
 
 
 def test_a_random_model_cannot_be_compared(tmp_path: Path) -> None:
-    """Protects: the message names the draw and what to do; without the comparison the file is written."""
-    sparse = sparsify(Noisy().eval(), torch.randn(3, 6), num_experts=4, top_k=2, select="all", router_hidden_size=4)
+    """Protects: the message names the draw, before any work; without the comparison the file is written."""
+    noisy, plain = (
+        sparsify(model.eval(), (torch.randn(3, 6),) * 2, num_experts=4, top_k=2, select="all", router_hidden_size=4)
+        for model in (Noisy(), Named())
+    )
+    assert export_onnx(plain, tmp_path / "named.onnx").parity is not None
     with pytest.raises(ExportError, match="draws random numbers"):
-        export_onnx(sparse, tmp_path / "m.onnx")
-    export_onnx(sparse, tmp_path / "m.onnx", verify=False)
+        export_onnx(noisy, tmp_path / "m.onnx")
+    export_onnx(noisy, tmp_path / "m.onnx", verify=False)
     assert (tmp_path / "m.onnx").exists()
