@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from sparsify import export_onnx, sparsify
@@ -154,14 +155,17 @@ def test_assertions_and_values_returned_twice(tmp_path: Path) -> None:
 
 
 class _DeadEnd(nn.Module):
-    """Its second FFN is computed for nothing, as the last layer of some encoders is for one of their streams."""
+    """Its second FFN is computed for nothing, as the last layer of some encoders is for one of their streams.
+
+    The dropout keeps it in the graph: to fx, what may draw random numbers is never dead.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.ffn, self.dead = (nn.Sequential(nn.Linear(6, 13), nn.ReLU(), nn.Linear(13, 6)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.dead(x)
+        functional.dropout(self.dead(x), 0.1, self.training)
         return self.ffn(x)
 
 
