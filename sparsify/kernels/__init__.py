@@ -1,0 +1,1 @@
+"""Kernels of `sparsify::moe_ffn`: the plain reference, Triton for GPUs."""

@@ -1,0 +1,123 @@
+"""`sparsify::moe_ffn` and its gradients in plain ops, one expert after another: what every kernel is held against.
+
+It runs on any device and dtype. T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neurons of
+one expert, p a pair of a token t and its slot, r routing_weights, z pre-activation, h hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "squared_relu": lambda z: torch.relu(z).square(),
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+# grad `[..]` by z `[..]`: grad * act'(z).
+ACTIVATION_BACKWARDS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
+    "squared_relu": lambda grad, z: grad * 2 * torch.relu(z),
+    "gelu": lambda grad, z: torch.ops.aten.gelu_backward(grad, z),
+    "gelu_tanh": lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate="tanh"),
+    "silu": lambda grad, z: torch.ops.aten.silu_backward(grad, z),
+}
+
+
+def moe_ffn_reference(
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """See `sparsify::moe_ffn`. Sums over the slots run in fp32 (fp64 for fp64)."""
+    act = ACTIVATIONS[activation]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    by_slot = x.new_zeros((*expert_ids.shape, down_proj.shape[1]), dtype=wide)  # [T, K, D_out]
+    for e in range(up_proj.shape[0]):
+        tokens, slots = torch.nonzero(expert_ids == e, as_tuple=True)
+        rows = x.index_select(0, tokens)
+        hidden = functional.linear(rows, up_proj[e], None if up_bias is None else up_bias[e])
+        if gate_proj is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(functional.linear(rows, gate_proj[e], None if gate_bias is None else gate_bias[e])) * hidden
+        out = functional.linear(hidden, down_proj[e], None if down_bias is None else down_bias[e])
+        by_slot[tokens, slots] = out.to(wide) * routing_weights[tokens, slots].to(wide).unsqueeze(-1)
+    return by_slot.sum(1).to(x.dtype)
+
+
+def moe_ffn_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """See `sparsify::moe_ffn_backward`. With dA_p = dy_t down_proj[e], of pair p of token t and expert e:
+
+        dr_p = <dA_p, h_p> + <dy_t, down_bias[e]>        dz_p = r_p dA_p * act'(z_p)      dx_t = sum_p dz_p up_proj[e]
+        d up_proj[e] = sum_p dz_p^T x_t                  d down_proj[e] = sum_p dy_t^T (r_p h_p)
+    """
+    inputs = (x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    d_x, d_weights, _, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias = (
+        None if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs
+    )
+    assert d_x is not None and d_weights is not None and d_up is not None and d_down is not None
+    d_x_wide = d_x.to(wide)
+    for e in range(up_proj.shape[0]):
+        tokens, slots = torch.nonzero(expert_ids == e, as_tuple=True)
+        rows, dy = x.index_select(0, tokens), grad.index_select(0, tokens)  # [n, D], [n, D_out]
+        weights = routing_weights[tokens, slots].to(wide).unsqueeze(-1)  # [n, 1]
+        up = functional.linear(rows, up_proj[e], None if up_bias is None else up_bias[e])
+        d_hidden = dy @ down_proj[e]  # [n, I], without the routing weight
+        if gate_proj is None or d_gate is None:
+            hidden = ACTIVATIONS[activation](up)
+            d_up_rows = ACTIVATION_BACKWARDS[activation]((d_hidden.to(wide) * weights).to(x.dtype), up)
+        else:
+            gate = functional.linear(rows, gate_proj[e], None if gate_bias is None else gate_bias[e])
+            acted = ACTIVATIONS[activation](gate)
+            hidden = acted * up
+            weighted = (d_hidden.to(wide) * weights).to(x.dtype)
+            d_up_rows = weighted * acted
+            d_gate_rows = ACTIVATION_BACKWARDS[activation](weighted * up, gate)
+            d_gate[e] = d_gate_rows.t() @ rows
+            d_x_wide.index_add_(0, tokens, (d_gate_rows @ gate_proj[e]).to(wide))
+            if d_gate_bias is not None:
+                d_gate_bias[e] = d_gate_rows.sum(0)
+        d_weight = (d_hidden.to(wide) * hidden.to(wide)).sum(-1)
+        if down_bias is not None:
+            d_weight = d_weight + dy.to(wide) @ down_bias[e].to(wide)
+        d_weights[tokens, slots] = d_weight.to(d_weights.dtype)
+        d_up[e] = d_up_rows.t() @ rows
+        d_x_wide.index_add_(0, tokens, (d_up_rows @ up_proj[e]).to(wide))
+        weighted_dy = (dy.to(wide) * weights).to(x.dtype)
+        d_down[e] = weighted_dy.t() @ hidden
+        if d_up_bias is not None:
+            d_up_bias[e] = d_up_rows.sum(0)
+        if d_down_bias is not None:
+            d_down_bias[e] = weighted_dy.sum(0)
+    grads = (d_x_wide.to(x.dtype), d_weights, None, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias)
+    return [
+        g if g is not None and needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True)
+    ]
