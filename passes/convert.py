@@ -27,6 +27,7 @@ from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.plan import ConversionPlan
 from sparsify.passes.residual import residual_terms
 from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
+from sparsify.passes.split.fold_vectors import fold_vectors
 from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out, split_ffn
 from sparsify.passes.split.statistics import chunks
 from sparsify.passes.verify import check_receipt
@@ -97,7 +98,8 @@ def convert(
     for done, match in enumerate(todo):
         progress(done, len(todo))
         options = layers[match.name].configure(config)
-        dense = read_ffn(graph_module, match)
+        original = read_ffn(graph_module, match)
+        match, dense = fold_vectors(match, original)
         if len(match.sites) > 1:
             fresh = CalibrationStream(dense_module, batches)
             sample = _pooled(fresh, match, dense, config.max_calibration_tokens)
@@ -106,12 +108,12 @@ def convert(
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
-        result = split_ffn(dense, fit, measured, options, may_refit=calibration is not None)
+        result = split_ffn(dense, original, fit, measured, options, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
         before, last_down = list(graph_module.parameters()), [site.down for site in match.sites][-1]
         InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad)(graph_module)
         results[match.name] = _summary(result)
-        del dense, sample, fit, measured, result
+        del original, dense, sample, fit, measured, result
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
         _free(outdated, graph_module)

@@ -47,12 +47,13 @@ class SplitResult:
 
 
 def split_ffn(
-    dense: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
+    dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
 ) -> SplitResult:
     """Divide, route and refit.
 
     Args:
         dense: the FFN.
+        original: the same before its vectors were folded; the receipt is taken against it.
         fit: tokens to fit to, T > 0, dtype of `dense`.
         measured: tokens for the reported errors.
         config: `num_experts` must not exceed F.
@@ -73,7 +74,7 @@ def split_ffn(
     result = SplitResult(
         experts=experts,
         router=router,
-        receipt=receipt(dense, experts, torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])),
+        receipt=receipt(original, experts, torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])),
         error=error,
         error_before_refit=None,
         tokens_per_expert=tuple(torch.bincount(expert_ids.flatten(), minlength=experts.num_routed).tolist()),

@@ -20,7 +20,7 @@ def test_figures(dense: DenseFFN) -> None:
     """Protects: receipt, errors and loads of the report."""
     fit, measured = hold_out(sample(dense, 600))
     config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16)
-    result = split_ffn(dense, fit, measured, config, may_refit=True)
+    result = split_ffn(dense, dense, fit, measured, config, may_refit=True)
     assert result.receipt <= 1e-5
     assert sum(result.tokens_per_expert) == 2 * len(fit.x)  # one of the three is shared
     output = result.experts(measured.x, result.router(measured.x)[1])
@@ -32,7 +32,7 @@ def test_figures(dense: DenseFFN) -> None:
 def test_nothing_is_refitted_where_nothing_is_skipped(dense: DenseFFN) -> None:
     """Protects: with top_k = num_experts the model stays the dense one."""
     fit, measured = hold_out(sample(dense, 200))
-    result = split_ffn(dense, fit, measured, SparsifyConfig(num_experts=6, top_k=6), may_refit=True)
+    result = split_ffn(dense, dense, fit, measured, SparsifyConfig(num_experts=6, top_k=6), may_refit=True)
     assert result.error_before_refit is None
     assert result.error <= 1e-5
 
@@ -50,7 +50,7 @@ def test_is_deterministic(dense: DenseFFN) -> None:
     """Protects: promise 6."""
     fit, measured = hold_out(sample(dense, 300))
     config = SparsifyConfig(num_experts=4, top_k=2)
-    first, second = (split_ffn(dense, fit, measured, config, may_refit=True) for _ in range(2))
+    first, second = (split_ffn(dense, dense, fit, measured, config, may_refit=True) for _ in range(2))
     assert torch.equal(first.experts.down, second.experts.down)
     assert first.tokens_per_expert == second.tokens_per_expert
 
@@ -61,7 +61,7 @@ def test_an_ffn_that_is_zero_on_the_example(dense: DenseFFN) -> None:
     fit = Sample(torch.randn(400, 7), torch.empty(0))
     measured = Sample(torch.zeros(2, 7), torch.zeros(2, dense.down.weight.shape[0]))
     assert float(silent(measured.x).abs().max()) < 1e-6  # else nothing is tested here
-    result = split_ffn(silent, fit, measured, SparsifyConfig(num_experts=6, top_k=6), may_refit=False)
+    result = split_ffn(silent, silent, fit, measured, SparsifyConfig(num_experts=6, top_k=6), may_refit=False)
     assert result.receipt <= 1e-5
 
 
