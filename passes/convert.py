@@ -14,7 +14,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from torch.fx import GraphModule
 
 from sparsify.config import SparsifyConfig
 from sparsify.passes.calibrate import CalibrationStream, Call
+from sparsify.passes.find_layers import find_layers
+from sparsify.passes.fuse_moe import FuseMoEPass, why_not_fused
 from sparsify.passes.insert_moe import InsertMoEPass
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.plan import ConversionPlan
@@ -44,6 +46,7 @@ class ConvertedLayer:
         expert_size: neurons of an expert.
         num_parameters: of experts and router.
         router_flops: per token, 2 per multiply-add.
+        unfused: why its experts run as a chain of ops, not as one; None where they are one.
     """
 
     expert_size: int
@@ -53,6 +56,7 @@ class ConvertedLayer:
     error: float
     error_before_refit: float | None
     tokens_per_expert: tuple[int, ...]
+    unfused: str | None = None
 
 
 @torch.no_grad()
@@ -117,6 +121,9 @@ def convert(
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
         _free(outdated, graph_module)
+    FuseMoEPass()(graph_module)
+    for layer in find_layers(graph_module, graph_module.graph):
+        results[layer.name] = replace(results[layer.name], unfused=why_not_fused(layer))
     progress(len(todo), len(todo))
     return results, tokens
 

@@ -24,6 +24,8 @@ from torch import fx, nn
 from sparsify.errors import ExportError, OutputError
 from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.capture import capture
+from sparsify.passes.find_layers import Layer, find_layers
+from sparsify.passes.fuse_moe import unfuse_moe
 from sparsify.passes.lower_onnx.choose_lowering import (
     Lowering,
     Target,
@@ -33,7 +35,6 @@ from sparsify.passes.lower_onnx.choose_lowering import (
     why_not_moe_op,
 )
 from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
-from sparsify.passes.lower_onnx.find_layers import Layer, find_layers
 from sparsify.passes.lower_onnx.flat_graph import flatten_graph
 from sparsify.passes.lower_onnx.lower_placeholders import lower_placeholders
 from sparsify.passes.lower_onnx.metadata import FileLayer, metadata
@@ -159,6 +160,7 @@ def _sparse_onnx(
     sparse: SparseModel, target: Target, lowering: str, opset: int
 ) -> tuple[ir.Model, tuple[LayerExport, ...]]:
     flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
+    unfuse_moe(sparse, flat.graph)
     layers = find_layers(sparse, flat.graph)
     runtime = runtime_version()
     chosen = [_choose(layer, target, lowering, runtime) for layer in layers]

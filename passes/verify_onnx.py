@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.fx import Graph
 
 from sparsify.errors import ExportError, LoadError, VerificationError
+from sparsify.passes.find_layers import Layer, find_layers
 from sparsify.passes.graph_values import op_name
-from sparsify.passes.lower_onnx.find_layers import Layer, find_layers
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph
 from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_target
 from sparsify.passes.lower_onnx.probe import Reference, references

@@ -106,14 +106,24 @@ def part_notes(skipped: Sequence[SkippedPart]) -> list[str]:
     return [f"{lead}: {whole.reason}", *(f"not traced: {part}" for part in modules)]
 
 
-def conversion_notes(plan: ConversionPlan, *, weights_only: bool) -> list[str]:
-    """What the quality of the result rests on."""
+def conversion_notes(
+    plan: ConversionPlan, results: Mapping[str, ConvertedLayer], *, weights_only: bool
+) -> list[str]:
+    """What the quality and the speed of the result rest on."""
     if not any(layer.converts for layer in plan.layers):
         return ["nothing was converted: every FFN stays dense for the reason given; see select="]
+    reasons: dict[str, list[str]] = {}
+    for name, result in results.items():
+        if result.unfused is not None:
+            reasons.setdefault(result.unfused, []).append(name)
+    notes = [
+        f"no fused kernel, so experts run as a chain of ops, more slowly: {reason} ({', '.join(names)})"
+        for reason, names in reasons.items()
+    ]
     if weights_only:
-        return [
+        notes += [
             "no calibration data: experts, routers and means rest on the weights and on random tokens shaped like the "
             "example inputs, and down_proj was not refitted. The errors above are on the example inputs. Real "
             "calibration data lowers them; see README, section Limits, for what that is worth"
         ]
-    return []
+    return notes

@@ -9,7 +9,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from sparsify.passes.lower_onnx.find_layers import LayerFacts
+from sparsify.passes.find_layers import LayerFacts
 
 Target = Literal["ort-cpu", "ort-cuda", "portable"]
 Lowering = Literal["sorted_split", "moe_op"]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from sparsify.passes.find_layers import EXPERT_LINEAR, Layer
 from sparsify.passes.lower_onnx.choose_lowering import Lowering, moe_activation
-from sparsify.passes.lower_onnx.find_layers import EXPERT_LINEAR, Layer
 
 DOMAIN = "sparsify"
 

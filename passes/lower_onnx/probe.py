@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from sparsify.passes.lower_onnx.find_layers import DISPATCH, Layer, router_of
+from sparsify.passes.find_layers import DISPATCH, Layer, router_of
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, free_sizes, resize_inputs, with_outputs
 
 

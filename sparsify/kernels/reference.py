@@ -75,8 +75,8 @@ def moe_ffn_backward_reference(
 ) -> list[Tensor]:
     """See `sparsify::moe_ffn_backward`. With dA_p = dy_t down_proj[e], of pair p of token t and expert e:
 
-        dr_p = <dA_p, h_p> + <dy_t, down_bias[e]>        dz_p = r_p dA_p * act'(z_p)      dx_t = sum_p dz_p up_proj[e]
-        d up_proj[e] = sum_p dz_p^T x_t                  d down_proj[e] = sum_p dy_t^T (r_p h_p)
+    dr_p = <dA_p, h_p> + <dy_t, down_bias[e]>        dz_p = r_p dA_p * act'(z_p)      dx_t = sum_p dz_p up_proj[e]
+    d up_proj[e] = sum_p dz_p^T x_t                  d down_proj[e] = sum_p dy_t^T (r_p h_p)
     """
     inputs = (x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.choose_lowering import Target, check_options, choose_lowering, why_not_moe_op
-from sparsify.passes.lower_onnx.find_layers import LayerFacts
 
 FACTS = LayerFacts(
     num_experts=16,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsify.passes.find_layers import find_layers
 from sparsify.passes.lower_onnx.choose_lowering import Lowering
 from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
-from sparsify.passes.lower_onnx.find_layers import find_layers
 
 
 @pytest.mark.parametrize(("lowering", "kept"), [("sorted_split", 4), ("moe_op", 1)])

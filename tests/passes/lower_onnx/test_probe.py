@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.passes.capture import capture
-from sparsify.passes.lower_onnx.find_layers import find_layers
+from sparsify.passes.find_layers import find_layers
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph
 from sparsify.passes.lower_onnx.probe import references
 from sparsify.sparse_model import SparseModel

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+import sparsify.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # puts torch.ops.sparsify into the dispatcher
 from sparsify.errors import ExportError
 from sparsify.passes.activation import ActivationName, extract_activation, name_activation
 from sparsify.routers import Router
 
 DISPATCH = torch.ops.sparsify.dispatch.default
 EXPERT_LINEAR = torch.ops.sparsify.expert_linear.default
+MOE_FFN = torch.ops.sparsify.moe_ffn.default
 COMBINE = torch.ops.sparsify.combine.default
 _REGROUPING = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default)
 
@@ -69,7 +71,7 @@ class Layer:
 
 
 def find_layers(root: fx.GraphModule, graph: fx.Graph) -> list[Layer]:
-    """Find every MoE layer, in the order of the graph.
+    """Find every MoE layer that is a chain of ops, in the order of the graph; `unfuse_moe` makes the others chains.
 
     Args:
         root: owns the weights and routers that `graph` refers to.
@@ -95,11 +97,8 @@ def router_of(root: fx.GraphModule, dispatch: Node) -> Router | None:
 def _check_ops(graph: fx.Graph) -> None:
     for node in graph.nodes:
         namespace = getattr(node.target, "namespace", None)
-        if namespace == "sparsify" and node.target not in (DISPATCH, EXPERT_LINEAR, COMBINE):
-            raise ExportError(
-                f"{node.name} calls {node.target}, which has no ONNX lowering; export the model before its experts "
-                "are fused into one op"
-            )
+        if namespace == "sparsify" and node.target not in (DISPATCH, EXPERT_LINEAR, COMBINE, MOE_FFN):
+            raise ExportError(f"{node.name} calls {node.target}, which has no ONNX lowering")
 
 
 def _read_layer(root: fx.GraphModule, dispatch: Node) -> Layer:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.errors import ExportError
+from sparsify.passes.find_layers import LayerFacts, find_layers
 from sparsify.passes.graph_values import as_node
-from sparsify.passes.lower_onnx.find_layers import LayerFacts, find_layers
 
 
 def _facts(sparse) -> LayerFacts:
