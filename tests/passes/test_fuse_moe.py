@@ -32,7 +32,7 @@ def _fused(graph: torch.fx.Graph) -> list[torch.fx.Node]:
 def test_there_and_back(sparse_layer, activation: str, gated: bool, bias: bool) -> None:
     """Protects: every known activation in any spelling, the places of gate, up and biases, shared experts."""
     sparse = sparse_layer(activation=_ACTIVATIONS[activation], gated=gated, bias=bias, shared=3, out=5).double()
-    x = torch.randn(7, 16, dtype=torch.float64)
+    x = torch.randn(4, 7, 16, dtype=torch.float64)
     expected = sparse(x)
     assert FuseMoEPass()(sparse).modified
     (node,) = _fused(sparse.graph)
@@ -64,7 +64,7 @@ def test_what_no_kernel_knows_stays_a_chain(sparse_layer, options: dict[str, obj
 def test_unused_slots(sparse_layer, skipping_router) -> None:
     """Protects: ids of -1 and routing weights that are not one."""
     sparse = sparse_layer(router=skipping_router())
-    x = torch.randn(9, 16)
+    x = torch.randn(4, 9, 16)
     expected = sparse(x)
     FuseMoEPass()(sparse)
     torch.testing.assert_close(sparse(x), expected)
