@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.ops.autocast import cast_inputs
+
 
 @torch.library.custom_op("sparsify::expert_linear", mutates_args=())
 def expert_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -84,3 +86,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 expert_linear.register_autograd(_backward, setup_context=_setup_context)
+cast_inputs("expert_linear")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.reference import ACTIVATIONS, moe_ffn_backward_reference, moe_ffn_reference
+from sparsify.ops.autocast import cast_inputs
 
 
 @torch.library.custom_op("sparsify::moe_ffn", mutates_args=())
@@ -149,3 +150,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 moe_ffn.register_autograd(_backward, setup_context=_setup_context)
+cast_inputs("moe_ffn", kept=frozenset({1}))  # routing weights are summed in fp32 in any case
