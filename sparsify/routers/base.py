@@ -35,6 +35,9 @@ class Router(nn.Module, abc.ABC):
             routing_weights: `[T, K]`, dtype of `x`, all one.
             expert_ids: `[T, K]` int64, by falling logit.
         """
+        if torch.is_autocast_enabled(x.device.type):  # rounded logits would choose other experts
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
         expert_ids = torch.topk(self.logits(x), self.top_k, dim=-1).indices
         return torch.ones_like(expert_ids, dtype=x.dtype), expert_ids
 
