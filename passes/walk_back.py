@@ -123,7 +123,8 @@ class _Walk:
             self.region.blocked.append((node, reason))
             return self._placeholder()
         padded = [1] * shift + sizes
-        if any(padded[dim] != size for dim, size in enumerate(shape) if dim not in neurons.dims):
+        # Equal sizes that may change can be written differently: only a 1 is broadcast.
+        if any(padded[dim] == 1 != size for dim, size in enumerate(shape) if dim not in neurons.dims):
             reason = f"`{node.name}` broadcasts over tokens, so a token is not processed by itself"
             self.region.blocked.append((node, reason))
         return self.emit(operand, Neurons(dims, neurons.index, neurons.tokens[shift:]))
