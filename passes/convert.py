@@ -115,7 +115,9 @@ def convert(
         result = split_ffn(dense, original, fit, measured, options, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
         before, last_down = list(graph_module.parameters()), [site.down for site in match.sites][-1]
-        InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad)(graph_module)
+        insertion = InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad)
+        insertion.requires(graph_module)
+        insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
         results[match.name] = _summary(result)
         del original, dense, sample, fit, measured, result
         outdated += [(last_down, parameter) for parameter in before] if consume else []
