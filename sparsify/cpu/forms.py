@@ -71,7 +71,7 @@ def padded_bmm(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: 
     counts = torch.tensor(pairs.counts)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)  # [n]
     expert = torch.repeat_interleave(torch.arange(num_experts), counts)  # [n]
-    width = max(pairs.counts)
+    width = max(*pairs.counts, 1)
     place = expert * width + torch.arange(len(first)) - first  # [n], row in [E * width]
     rows = x.new_zeros((num_experts * width, x.shape[1])).index_copy_(0, place, x.index_select(0, pairs.tokens))
     rows = rows.view(num_experts, width, -1)
@@ -128,6 +128,8 @@ def _by_expert(
 ) -> Tensor:
     """Give every expert its rows and bring the results back; `run` maps an expert and `[m, D]` to `[m, D_out]`."""
     pairs = sort_pairs(expert_ids, len(experts.up_proj))
+    if not len(pairs.pairs):
+        return x.new_zeros((len(x), experts.down_proj.shape[1]))
     rows = x.index_select(0, pairs.tokens).split(pairs.counts)
     out = torch.cat([run(e, rows[e]) for e, count in enumerate(pairs.counts) if count])
     return _combine(x, routing_weights, out, pairs.pairs, expert_ids.numel(), pairs.unused)

@@ -14,7 +14,19 @@ from sparsify.kernels.reference import moe_ffn_reference
 Layer = tuple[Tensor, Tensor, Tensor, Experts]
 
 
-def make_layer(
+@pytest.fixture
+def make_layer() -> Callable[..., Layer]:
+    """See `_make_layer`."""
+    return _make_layer
+
+
+@pytest.fixture
+def error_of() -> Callable[[Tensor, Layer], float]:
+    """The largest error of a result over the largest value, against the reference in fp64 on the same numbers."""
+    return lambda y, layer: _relative_error(y, _exact(*layer))
+
+
+def _make_layer(
     tokens: int,
     hidden_size: int,
     width: int,
@@ -43,20 +55,20 @@ def make_layer(
     return torch.randn(tokens, hidden_size).to(dtype), torch.rand(tokens, top_k), ids, experts
 
 
-def exact(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
+def _exact(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
     """The reference on the same numbers in fp64."""
     wide = [None if tensor is None else tensor.double() for tensor in experts[:6]]
     return moe_ffn_reference(x.double(), routing_weights.double(), expert_ids, *wide, experts.activation)
 
 
-def relative_error(y: Tensor, expected: Tensor) -> float:
+def _relative_error(y: Tensor, expected: Tensor) -> float:
     """The largest error over the largest value."""
     if not expected.numel():
         return 0.0
     return float((y.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-@pytest.fixture()
+@pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that was never written is NaN, so that reading it shows."""
     empty, new_empty = torch.empty, Tensor.new_empty
@@ -64,9 +76,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args, **kwargs) -> Tensor:
             made = make(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-(2**40) if made.dtype == torch.int64 else 99)
+            return made.fill_(float("nan") if made.is_floating_point() else 99)
 
         return call
 
     monkeypatch.setattr(torch, "empty", filled(empty))
     monkeypatch.setattr(Tensor, "new_empty", filled(new_empty))
+    monkeypatch.setenv("SPARSIFY_POISON", "1")
