@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsify.cpu.build import SOURCES
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -73,4 +75,5 @@ def test_wheel_holds_every_module_under_one_name(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if name.endswith(".py")} == modules_on_disk()
     assert "sparsify/py.typed" in names
+    assert {f"sparsify/cpu/{name}" for name in SOURCES} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sparsify"}

@@ -18,6 +18,11 @@ from sparsify.kernels.reference import ACTIVATIONS, moe_ffn_backward_reference, 
 from sparsify.ops.autocast import cast_inputs
 
 
+def _check(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
 @torch.library.custom_op("sparsify::moe_ffn", mutates_args=())
 def moe_ffn(
     x: Tensor,
@@ -51,9 +56,29 @@ def moe_ffn(
     Raises:
         ValueError: the activation is not known.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check(activation)
     return moe_ffn_reference(
+        x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation
+    )
+
+
+@moe_ffn.register_kernel("cpu")
+def _(
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    from sparsify.cpu.run import moe_ffn_cpu  # not before it is needed
+
+    _check(activation)
+    return moe_ffn_cpu(
         x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation
     )
 

@@ -1,0 +1,63 @@
+"""The weights of a layer's experts as one value, and the (token, slot) pairs of a batch sorted by expert."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from sparsify.kernels.reference import ACTIVATIONS
+
+
+class Experts(NamedTuple):
+    """What `sparsify::moe_ffn` is given besides tokens and routing; shapes stand there."""
+
+    up_proj: Tensor
+    up_bias: Tensor | None
+    gate_proj: Tensor | None
+    gate_bias: Tensor | None
+    down_proj: Tensor
+    down_bias: Tensor | None
+    activation: str
+
+    def hidden(self, e: int, rows: Tensor) -> Tensor:
+        """`[n, D]` to `[n, I]`: what expert `e` feeds to its down projection."""
+        up = functional.linear(rows, self.up_proj[e], pick(self.up_bias, e))
+        return self.activate(up, functional.linear(rows, self.gate_proj[e], pick(self.gate_bias, e))
+                             if self.gate_proj is not None else None)  # fmt: skip
+
+    def activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        """The activation, of the gate where there is one; all of one shape."""
+        act = ACTIVATIONS[self.activation]
+        return act(up) if gate is None else act(gate).mul_(up)
+
+
+class SortedPairs(NamedTuple):
+    """Pairs `t * K + k` in the order of their experts, those of an unused slot left out.
+
+    Attributes:
+        pairs: `[n]` int64.
+        tokens: `[n]` int64.
+        counts: pairs of every expert.
+        unused: how many slots hold -1.
+    """
+
+    pairs: Tensor
+    tokens: Tensor
+    counts: list[int]
+    unused: int
+
+
+def pick(bias: Tensor | None, e: int) -> Tensor | None:
+    """`[E, N]` to `[N]`, where there is one."""
+    return None if bias is None else bias[e]
+
+
+def sort_pairs(expert_ids: Tensor, num_experts: int) -> SortedPairs:
+    """Group the pairs of `expert_ids` `[T, K]`; a stable sort, so the order is the same every time."""
+    flat = expert_ids.reshape(-1)
+    unused, *counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
+    pairs = flat.argsort(stable=True)[unused:]
+    return SortedPairs(pairs, pairs // max(expert_ids.shape[1], 1), counts, unused)

@@ -1,0 +1,193 @@
+"""The compiled kernel: loaded and checked at first use, called on data pointers.
+
+It divides its work among the threads of the OpenMP runtime that torch itself runs on, whose entry points are looked up
+in the process: a second runtime would spin beside the first on the same cores. Where there is none to be found, the
+kernel runs on one thread and is used only where torch has one thread too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import struct
+import threading
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsify.cpu import build
+from sparsify.cpu.experts import Experts
+from sparsify.kernels.reference import moe_ffn_reference
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_PACK = struct.Struct("32q").pack
+# As in activations.h.
+_ACTIVATIONS = {"relu": 0, "squared_relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_FINE, _BAD_EXPERT = 0, 1
+# Below so many operations a second thread costs more than it saves.
+_SMALL = 1 << 18
+# Hidden size, width, outputs, experts, top_k, tokens, gated: with rows in panels, rows left over and odd sizes.
+_CHECKS = ((37, 19, 23, 3, 2, 53, False), (32, 16, 32, 4, 1, 5, True))
+_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+class KernelStatus(NamedTuple):
+    """Whether the compiled kernel runs here.
+
+    Attributes:
+        available: it was compiled, loaded and gives the right results.
+        reason: where it is, or why there is none.
+        threaded: it can use the threads of torch.
+    """
+
+    available: bool
+    reason: str
+    threaded: bool
+
+
+class _Kernel(NamedTuple):
+    status: KernelStatus
+    call: ctypes._CFuncPtr | None  # pyright: ignore[reportPrivateUsage]  # the only name of this type
+    parallel: int
+    barrier: int
+
+
+def kernel_status() -> KernelStatus:
+    """Compile the kernel if that was not tried yet, and say what came of it."""
+    return _kernel().status
+
+
+def covers(x: Tensor, experts: Experts) -> bool:
+    """Whether the kernel runs here and knows these dtypes and layouts."""
+    if x.dtype not in _BOUNDS or x.device.type != "cpu":
+        return False
+    if any(t is not None and (t.dtype != x.dtype or t.stride(-1) != 1) for t in experts[:6]):
+        return False
+    status = _kernel().status
+    return status.available and (status.threaded or torch.get_num_threads() == 1)
+
+
+def run(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
+    """See `sparsify::moe_ffn`; only where `covers` says so.
+
+    Raises:
+        IndexError: an expert id is not in `[-1, E)`.
+        MemoryError: there is no memory for the hidden values.
+    """
+    return _call(_kernel(), x, routing_weights, expert_ids, experts)
+
+
+def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
+    up, down = experts.up_proj, experts.down_proj
+    (num_experts, width, hidden_size), outputs = up.shape, down.shape[1]
+    num_tokens, top_k = expert_ids.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    weights = routing_weights.to(torch.float32).contiguous()  # kept in a name: the kernel reads its memory
+    ids = expert_ids.contiguous()
+    size = x.element_size()
+    y = torch.empty((num_tokens, outputs), dtype=x.dtype)
+    small = num_tokens * top_k * width * (hidden_size + outputs) < _SMALL
+    packed = _PACK(
+        x.data_ptr(), x.stride(0) * size, weights.data_ptr(), ids.data_ptr(), y.data_ptr(),
+        num_tokens, hidden_size, width, outputs, num_experts, top_k,
+        _ACTIVATIONS[experts.activation], size == 2, 1 if small else torch.get_num_threads(), _poisoned(),
+        kernel.parallel, kernel.barrier,
+        *_matrix(up, experts.up_bias, size),
+        *_matrix(experts.gate_proj, experts.gate_bias, size),
+        *_matrix(down, experts.down_bias, size),
+    )  # fmt: skip
+    assert kernel.call is not None
+    status = kernel.call(packed)
+    if status == _FINE:
+        return y
+    if status == _BAD_EXPERT:
+        raise IndexError(f"expert_ids must lie in [-1, {num_experts}), got {int(ids.min())} to {int(ids.max())}")
+    raise MemoryError(f"no memory for the hidden values of {num_tokens} tokens")
+
+
+def _matrix(weight: Tensor | None, bias: Tensor | None, size: int) -> tuple[int, int, int, int, int]:
+    if weight is None:
+        return 0, 0, 0, 0, 0
+    expert, row, _ = weight.stride()
+    if bias is None:
+        return weight.data_ptr(), expert * size, row * size, 0, 0
+    return weight.data_ptr(), expert * size, row * size, bias.data_ptr(), bias.stride(0) * size
+
+
+def _poisoned() -> bool:
+    """Whether tests want memory that was never written to be NaN."""
+    return "SPARSIFY_POISON" in os.environ
+
+
+@functools.cache
+def _load() -> _Kernel:
+    """Compile, load, look up the threads, check."""
+    try:
+        with build.library() as path:
+            call = ctypes.CDLL(str(path)).sparsify_moe_ffn
+            where = str(path)
+    except (build.BuildError, OSError, AttributeError) as failure:
+        return _without(str(failure))
+    call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_int
+    parallel, barrier = _openmp()
+    kernel = _Kernel(KernelStatus(True, where, parallel != 0), call, parallel, barrier)
+    wrong = _self_check(kernel)
+    return _without(wrong) if wrong else kernel
+
+
+def _without(reason: str) -> _Kernel:
+    message = f"sparsify: the compiled CPU kernel is not used ({reason}); experts run in plain torch ops, more slowly"
+    if reason != "SPARSIFY_NO_COMPILE is set":
+        warnings.warn(message, stacklevel=2)
+    _log.warning(message)
+    return _Kernel(KernelStatus(False, reason, False), None, 0, 0)
+
+
+def _kernel() -> _Kernel:
+    if _load.cache_info().currsize:
+        return _load()
+    with _lock:
+        return _load()
+
+
+def _openmp() -> tuple[int, int]:
+    """Addresses of GOMP_parallel and GOMP_barrier in the runtime of torch, or zeros."""
+    if "OpenMP" not in torch.__config__.parallel_info().partition("ATen parallel backend:")[2].partition("\n")[0]:
+        return 0, 0
+    process = ctypes.CDLL(None)
+    try:
+        return tuple(ctypes.cast(getattr(process, name), ctypes.c_void_p).value or 0
+                     for name in ("GOMP_parallel", "GOMP_barrier"))  # pyright: ignore[reportReturnType]  # fmt: skip
+    except AttributeError:
+        return 0, 0
+
+
+def _self_check(kernel: _Kernel) -> str:
+    """What is wrong with the results on small problems, if anything."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, bound in _BOUNDS.items():
+        for hidden_size, width, outputs, num_experts, top_k, tokens, gated in _CHECKS:
+
+            def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+            experts = Experts(
+                random(num_experts, width, hidden_size), random(num_experts, width),
+                random(num_experts, width, hidden_size) if gated else None, None,
+                random(num_experts, outputs, width), random(num_experts, outputs), "silu" if gated else "gelu",
+            )  # fmt: skip
+            x, weights = random(tokens, hidden_size), torch.rand((tokens, top_k), generator=generator)
+            ids = torch.randint(-1, num_experts, (tokens, top_k), generator=generator)
+            y = _call(kernel, x, weights, ids, experts).double()
+            wide = [None if tensor is None else tensor.double() for tensor in experts[:6]]
+            expected = moe_ffn_reference(x.double(), weights.double(), ids, *wide, experts.activation)
+            error = float((y - expected).abs().max() / expected.abs().max())
+            if not error <= bound:
+                return f"its results are wrong: relative error {error:.1e} in {dtype}, at most {bound:.0e} expected"
+    return ""

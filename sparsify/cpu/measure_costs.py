@@ -1,0 +1,91 @@
+"""Measure `Rates`: median times of products of 1 to 256 rows on weights of about 64 MB, so that no cache holds them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from sparsify.cpu import kernel, packed
+from sparsify.cpu.cost_model import ROWS, Rates
+from sparsify.cpu.experts import Experts
+
+_MEMORY = 64 << 20
+_HIDDEN, _WIDE, _NARROW = 768, 3072, 384
+
+
+@torch.no_grad()
+def measure_rates(dtype: torch.dtype) -> Rates:
+    """The rates of `dtype` with the present number of threads."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    total = _MEMORY // (_HIDDEN * size) // _WIDE * _WIDE
+    weight = torch.randn(total, _HIDDEN).to(dtype)  # [N, D], cut in pieces of the width of a dense layer or an expert
+    wide, narrow = weight.split(_WIDE), weight.split(_NARROW)
+    plain = lambda x, piece: functional.linear(x, piece)  # noqa: E731
+    tables = {
+        "dense": _table(wide, _WIDE, plain, dtype),
+        "expert": _table(narrow, _NARROW, plain, dtype),
+        "batched": _batched_table(weight.view(-1, _NARROW, _HIDDEN), dtype),
+    }
+    if packed.supported(dtype):
+        apply = lambda x, piece: packed.apply(x, piece, None)  # noqa: E731
+        tables["dense_packed"] = _table([packed.pack(piece, piece.shape, 16) for piece in wide], _WIDE, apply, dtype)
+        tables["expert_packed"] = _table([packed.pack(piece, piece.shape, 16) for piece in narrow], _NARROW, apply, dtype)
+    if kernel.kernel_status().available:
+        tables["fused"] = _fused_table(weight, dtype)
+    row = torch.randn(1, 16).to(dtype)
+    call = _seconds(lambda: [torch.relu(row) for _ in range(100)]) / 100 * 2  # of ops with more arguments: about twice
+    values = torch.randn(1 << 20).to(dtype)
+    return Rates(call, values.numel() * 2 / _seconds(lambda: functional.gelu(values)), tables)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The median of five runs after one that does not count."""
+    run()
+    times: list[float] = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _table(
+    pieces: Sequence[Tensor], width: int, product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> tuple[float, ...]:
+    """`pieces` are weights `[width, D]`, packed or not."""
+    rates: list[float] = []
+    for rows in ROWS:
+        x = torch.randn(rows, _HIDDEN).to(dtype)
+        seconds = _seconds(lambda x=x: [product(x, piece) for piece in pieces])
+        rates.append(rows * _HIDDEN * width * len(pieces) / seconds)
+    return tuple(rates)
+
+
+def _batched_table(weight: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
+    """`weight` `[E, I, D]`."""
+    rates: list[float] = []
+    for rows in ROWS:
+        x = torch.randn(len(weight), rows, _HIDDEN).to(dtype)
+        rates.append(rows * weight.numel() / _seconds(lambda x=x: torch.bmm(x, weight.transpose(1, 2))))
+    return tuple(rates)
+
+
+def _fused_table(weight: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
+    """Half of `weight` as up_proj, half as down_proj; K = 1, every expert with the same rows."""
+    num_experts = len(weight) // _NARROW // 2
+    up, down = weight[: 2 * num_experts * _NARROW].chunk(2)
+    up, down = up.view(num_experts, _NARROW, _HIDDEN), down.view(num_experts, _HIDDEN, _NARROW)
+    experts = Experts(up, None, None, None, down, None, "gelu")
+    rates: list[float] = []
+    for rows in ROWS:
+        x = torch.randn(num_experts * rows, _HIDDEN).to(dtype)
+        ids = torch.arange(num_experts).repeat(rows).unsqueeze(1)
+        ones = torch.ones(ids.shape)
+        seconds = _seconds(lambda x=x, ids=ids, ones=ones: kernel.run(x, ones, ids, experts))
+        rates.append(rows * 2 * up.numel() / seconds)
+    return tuple(rates)

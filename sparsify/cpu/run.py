@@ -1,0 +1,62 @@
+"""`sparsify::moe_ffn` on a CPU: the form that the cost model names, or the reference for what no form covers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sparsify.cpu import kernel
+from sparsify.cpu.cost_model import Costs, FFNShape, available_forms, current_costs
+from sparsify.cpu.experts import Experts
+from sparsify.cpu.forms import FORMS
+from sparsify.kernels.reference import moe_ffn_reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def moe_ffn_cpu(
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """See `sparsify::moe_ffn`."""
+    if x.dtype not in _DTYPES or up_proj.dtype != x.dtype:
+        return moe_ffn_reference(
+            x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation
+        )
+    if not expert_ids.numel() or not down_proj.shape[1]:
+        return x.new_zeros((x.shape[0], down_proj.shape[1]))
+    experts = Experts(up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation)
+    form = choose_form(x, expert_ids, experts)
+    if form == "fused":
+        return kernel.run(x, routing_weights, expert_ids, experts)
+    return FORMS[form](x, routing_weights, expert_ids, experts)
+
+
+def choose_form(x: Tensor, expert_ids: Tensor, experts: Experts) -> str:
+    """The form for these sizes; the same for the same sizes, options and file of costs."""
+    num_experts, width, hidden_size = experts.up_proj.shape
+    tokens, top_k = expert_ids.shape
+    return _choose(
+        current_costs(), tokens, hidden_size, width, experts.down_proj.shape[1], num_experts, top_k,
+        experts.gate_proj is not None, x.dtype, kernel.covers(x, experts), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    costs: Costs, tokens: int, hidden_size: int, width: int, out_features: int, num_experts: int, top_k: int,
+    gated: bool, dtype: torch.dtype, covered: bool, threads: int,
+) -> str:  # fmt: skip
+    shape = FFNShape(hidden_size, width * num_experts, out_features, num_experts, top_k, gated, dtype)
+    forms = [form for form in available_forms(dtype) if form != "fused" or covered]
+    return costs.experts(shape, tokens, forms)[0]

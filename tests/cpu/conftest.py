@@ -1,0 +1,85 @@
+"""A random layer of experts, and what it computes in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify.cpu.experts import Experts
+from sparsify.kernels.reference import moe_ffn_reference
+
+Layer = tuple[Tensor, Tensor, Tensor, Experts]
+
+
+@pytest.fixture
+def make_layer() -> Callable[..., Layer]:
+    """See `_make_layer`."""
+    return _make_layer
+
+
+@pytest.fixture
+def error_of() -> Callable[[Tensor, Layer], float]:
+    """The largest error of a result over the largest value, against the reference in fp64 on the same numbers."""
+    return lambda y, layer: _relative_error(y, _exact(*layer))
+
+
+def _make_layer(
+    tokens: int,
+    hidden_size: int,
+    width: int,
+    out_features: int,
+    num_experts: int,
+    top_k: int,
+    activation: str = "gelu",
+    gated: bool = False,
+    biased: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Layer:
+    """Tokens, routing weights, distinct random experts of every token, and the experts."""
+
+    def weight(rows: int, columns: int) -> Tensor:
+        return (torch.randn(num_experts, rows, columns) / columns**0.5).to(dtype)
+
+    def bias(rows: int) -> Tensor | None:
+        return (torch.randn(num_experts, rows) * 0.1).to(dtype) if biased else None
+
+    experts = Experts(
+        weight(width, hidden_size), bias(width),
+        weight(width, hidden_size) if gated else None, bias(width) if gated else None,
+        weight(out_features, width), bias(out_features), activation,
+    )  # fmt: skip
+    ids = torch.rand(tokens, num_experts).argsort(1)[:, :top_k]
+    return torch.randn(tokens, hidden_size).to(dtype), torch.rand(tokens, top_k), ids, experts
+
+
+def _exact(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
+    """The reference on the same numbers in fp64."""
+    wide = [None if tensor is None else tensor.double() for tensor in experts[:6]]
+    return moe_ffn_reference(x.double(), routing_weights.double(), expert_ids, *wide, experts.activation)
+
+
+def _relative_error(y: Tensor, expected: Tensor) -> float:
+    """The largest error over the largest value."""
+    if not expected.numel():
+        return 0.0
+    return float((y.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was never written is NaN, so that reading it shows."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args, **kwargs) -> Tensor:
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan") if made.is_floating_point() else 99)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", filled(empty))
+    monkeypatch.setattr(Tensor, "new_empty", filled(new_empty))
+    monkeypatch.setenv("SPARSIFY_POISON", "1")
