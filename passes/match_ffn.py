@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch.fx import GraphModule, Node
 
 from sparsify.passes.activation import name_activation
@@ -87,6 +88,8 @@ class FFNMatch:
         intermediate_size: F, neurons.
         out_features: features of the output, D in a block.
         flops_per_token: of the linear layers, at one site, 2 per multiply-add.
+        dtype: of the output.
+        device: of the output, as "cpu" or "cuda:0".
         sites: where it is called; several where sites share all weights.
         projections: one, or two if gated.
         down_proj: the last layer.
@@ -101,6 +104,8 @@ class FFNMatch:
     intermediate_size: int
     out_features: int
     flops_per_token: int
+    dtype: torch.dtype
+    device: str
     sites: tuple[Site, ...] = field(repr=False)
     projections: tuple[Projection, ...] = field(repr=False)
     down_proj: Projection = field(repr=False)
@@ -205,6 +210,8 @@ def _with_site(match: FFNMatch | None, name: str, region: Region) -> FFNMatch:
         intermediate_size=width,
         out_features=out_features,
         flops_per_token=2 * width * (len(region.parts) * hidden_size + out_features),
+        dtype=region.down.node.meta["val"].dtype,
+        device=str(region.down.node.meta["val"].device),
         sites=(site,),
         projections=tuple(_projection(part, _role(i, named.gate)) for i, part in enumerate(region.parts)),
         down_proj=_projection(Part(region.down, tuple(range(out_features))), "down_proj"),

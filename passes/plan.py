@@ -12,6 +12,7 @@ from typing import Any
 
 from sparsify.config import SparsifyConfig, check_counts
 from sparsify.errors import SelectionError
+from sparsify.passes.layer_times import LayerTime, time_layer
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.select_ffns import require_match, select_ffns, selects_what_pays
 
@@ -29,6 +30,7 @@ class LayerPlan:
         num_experts: shared experts included. 0 leaves the FFN dense.
         top_k: experts that run for a token, shared ones included.
         num_shared_experts: experts that run for every token.
+        times: dense and as experts, at each of `target_tokens`.
     """
 
     name: str
@@ -36,6 +38,7 @@ class LayerPlan:
     num_experts: int = 0
     top_k: int = 0
     num_shared_experts: int = 0
+    times: tuple[LayerTime, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse numbers that do not fit together.
@@ -90,12 +93,17 @@ class ConversionPlan:
             ValueError: a field is missing, unknown or not valid.
         """
         try:
-            return cls(tuple(LayerPlan(**layer) for layer in document["layers"]))
+            return cls(tuple(_read_layer(layer) for layer in document["layers"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no plan as ConversionPlan.to_json() gives it: {error!r}") from error
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.layers))
+
+
+def _read_layer(document: Mapping[str, Any]) -> LayerPlan:
+    times = tuple(LayerTime(**time) for time in document.get("times", ()))
+    return LayerPlan(**{**document, "times": times})
 
 
 def make_plan(matches: Sequence[FFNMatch], config: SparsifyConfig) -> ConversionPlan:
@@ -106,14 +114,15 @@ def make_plan(matches: Sequence[FFNMatch], config: SparsifyConfig) -> Conversion
             fit together, or an FFN selected by pattern, predicate or "all" has too few neurons for the experts.
     """
     configs = _layer_configs(matches, config)
-    objections = [_objection(match, own) for match, own in zip(matches, configs, strict=True)]
+    pairs = list(zip(matches, configs, strict=True))
+    times = [_layer_times(match, own) for match, own in pairs]
+    objections = [_objection(*pair) or _slower(measured) for pair, measured in zip(pairs, times, strict=True)]
     chosen = select_ffns(matches, config.select, [objection is None for objection in objections])
-    return ConversionPlan(
-        tuple(
-            _plan_layer(match, own, objection, match.name in chosen)
-            for match, own, objection in zip(matches, configs, objections, strict=True)
-        )
+    planned = (
+        _plan_layer(match, own, objection, match.name in chosen)
+        for (match, own), objection in zip(pairs, objections, strict=True)
     )
+    return ConversionPlan(tuple(replace(layer, times=own) for layer, own in zip(planned, times, strict=True)))
 
 
 def fit_plan(plan: ConversionPlan, matches: Sequence[FFNMatch], config: SparsifyConfig) -> ConversionPlan:
@@ -149,7 +158,7 @@ def fit_plan(plan: ConversionPlan, matches: Sequence[FFNMatch], config: Sparsify
 
 def _fit_layer(layer: LayerPlan, match: FFNMatch, config: SparsifyConfig) -> LayerPlan:
     if layer.converts:
-        return _convert(match, layer.configure(config), "converted by plan=")
+        return replace(_convert(match, layer.configure(config), "converted by plan="), times=layer.times)
     # An FFN that was switched off still carries the reason for which it was to be converted.
     reason = "" if layer.top_k or not layer.reason else f": {layer.reason}"
     return LayerPlan(match.name, f"left dense by plan={reason}")
@@ -191,6 +200,18 @@ def _objection(match: FFNMatch, config: SparsifyConfig) -> str | None:
             "use fewer experts, its name or select='all'"
         )
     return None
+
+
+def _layer_times(match: FFNMatch, config: SparsifyConfig) -> tuple[LayerTime, ...]:
+    if not _fits(match, config):
+        return ()
+    return tuple(time_layer(match, config, tokens) for tokens in config.tokens)
+
+
+def _slower(times: Sequence[LayerTime]) -> str | None:
+    """Why "auto" leaves an FFN dense that was measured."""
+    losing = [str(time) for time in times if not time.pays]
+    return f"experts would not be faster at {'; '.join(losing)}; use its name or select='all'" if losing else None
 
 
 def _fits(match: FFNMatch, config: SparsifyConfig) -> bool:

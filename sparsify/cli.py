@@ -126,6 +126,12 @@ def convert(
             "num_experts, top_k and num_shared_experts. Repeat it for several; later ones win.",
         ),
     ] = None,
+    target_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of a call: auto leaves dense what is not faster there, as measured. Repeat it for several.",
+        ),
+    ] = None,
     no_calibration: Annotated[bool, typer.Option("--no-calibration", help="Convert from the weights alone.")] = False,
     calibration: Annotated[
         Path | None,
@@ -147,6 +153,7 @@ def convert(
                 num_shared_experts=shared,
                 select=_select(select),
                 overrides=tuple(map(_override, override or ())),
+                target_tokens=tuple(target_tokens or ()),
                 refit=not no_refit,
                 seed=seed,
             )

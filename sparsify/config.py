@@ -58,6 +58,10 @@ class SparsifyConfig:
             Late layers gain most from experts (DeepSpeed-MoE, arXiv 2201.05596, which compares the halves).
         overrides: FFNs with numbers of their own: glob patterns on names to `num_experts`, `top_k` and
             `num_shared_experts`, as in `{"*.11.*": {"top_k": 8}}`. Where several match, the later one wins.
+        target_tokens: tokens of a call, such as `(1, 512)`. The presets then leave an FFN dense whose experts are not
+            faster at each of these sizes, as measured on the device of the model; `select="all"`, names and predicates
+            convert it all the same. The report holds prediction and measurement. Empty measures nothing, so that the
+            same model gives the same result on every machine.
         router_hidden_size: width of the router's hidden layer.
         refit: refit down_proj in closed form to the routing (needs calibration). Without it `set_top_k(num_experts)`
             gives the dense model back.
@@ -71,6 +75,7 @@ class SparsifyConfig:
     num_shared_experts: int | None = None
     select: Select = "auto"
     overrides: Overrides = ()
+    target_tokens: tuple[int, ...] | list[int] | int = ()
     router_hidden_size: int = 64
     refit: bool = True
     ridge: float = 1e-3
@@ -88,6 +93,7 @@ class SparsifyConfig:
         if isinstance(self.select, list):
             object.__setattr__(self, "select", tuple(self.select))
         object.__setattr__(self, "overrides", _freeze_overrides(self.overrides))
+        object.__setattr__(self, "target_tokens", _read_tokens(self.target_tokens))
         _at_least("router_hidden_size", self.router_hidden_size, 1)
         _at_least("max_calibration_tokens", self.max_calibration_tokens, 1)
         if not self.ridge > 0:
@@ -99,6 +105,11 @@ class SparsifyConfig:
         if self.num_shared_experts is not None:
             return self.num_shared_experts
         return 1 if 1 < self.top_k < self.num_experts else 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """`target_tokens` as a tuple."""
+        return cast("tuple[int, ...]", self.target_tokens)
 
     @property
     def layer_options(self) -> tuple[tuple[str, LayerOptions], ...]:
@@ -116,6 +127,13 @@ class SparsifyConfig:
             if fnmatch.fnmatchcase(name, pattern):
                 changes |= {field: value for field, value in vars(options).items() if value is not None}
         return replace(self, overrides=(), **changes)
+
+
+def _read_tokens(given: object) -> tuple[int, ...]:
+    tokens: tuple[Any, ...] = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    for number in tokens:
+        _at_least("target_tokens", number, 1)
+    return tokens
 
 
 def check_counts(num_experts: int, top_k: int, num_shared_experts: int | None) -> None:

@@ -53,6 +53,7 @@ def _ffn_report(match: FFNMatch, layer: LayerPlan, result: ConvertedLayer | None
         flops_after=match.flops_per_token * len(match.sites),
         parameters_before=match.num_parameters,
         parameters_after=match.num_parameters,
+        times=layer.times,
     )
     if result is None:
         return report

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from sparsify.passes.layer_times import LayerTime
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class FFNReport:
         flops_after: the same after conversion, router included.
         parameters_before: weights and biases.
         parameters_after: the same after conversion, router included.
+        times: of one call, dense and as experts, predicted and measured, at each of `target_tokens`.
     """
 
     name: str
@@ -50,6 +54,7 @@ class FFNReport:
     flops_after: int = 0
     parameters_before: int = 0
     parameters_after: int = 0
+    times: tuple[LayerTime, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -154,16 +154,26 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("Output error", f"{report.output_error:.4f} (relative L2, example inputs)"),
         *_metric(report),
         ("Calibration tokens", f"{report.calibration_tokens:,}" if report.calibration_tokens else "none"),
+        *_times(report),
         *([("Seconds", seconds)] if report.seconds else []),
     ]
 
 
 def grouped_reasons(ffns: Iterable[FFNReport]) -> list[tuple[str, str]]:
     """Each reason once, with the names it holds for, in order: pairs of names and reason."""
+    return _grouped((ffn.name, ffn.reason) for ffn in ffns)
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     names: dict[str, list[str]] = {}
-    for ffn in ffns:
-        names.setdefault(ffn.reason, []).append(ffn.name)
-    return [(_span(group), reason) for reason, group in names.items()]
+    for name, text in pairs:
+        names.setdefault(text, []).append(name)
+    return [(_span(group), text) for text, group in names.items()]
+
+
+def _times(report: Report) -> list[tuple[str, str]]:
+    pairs = ((ffn.name, str(time)) for ffn in report.ffns for time in ffn.times)
+    return [("Time of an FFN", f"{names}: {text}") for names, text in _grouped(pairs)]
 
 
 def columns() -> list[Column]:

@@ -50,6 +50,12 @@ def fold_vectors(match: FFNMatch, dense: DenseFFN) -> tuple[FFNMatch, DenseFFN]:
     return replace(match, function=folding.function, vectors=vectors), folded
 
 
+def fold_function(match: FFNMatch) -> tuple[GraphModule, int]:
+    """`match.function` as `fold_vectors` leaves it, and how many vectors it still takes."""
+    folding = _Folding(match.function, len(match.projections))
+    return folding.function, len(folding.kept)
+
+
 def _scale_rows(linear: Linear, scale: Tensor | None, shift: Tensor | None) -> Linear:
     weight, bias = linear.weight, linear.bias
     if scale is not None:
