@@ -36,6 +36,7 @@ _KNOWN: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 # Exact and tanh GELU, the closest pair, are 4e-4 apart; a cast to bf16 inside the activation makes it "custom".
 _SAME = 1e-5
+_FAR = torch.logspace(0.9, 5, 25)  # 8 to 1e5: an activation may be clamped there, as ReLU6 is
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,13 @@ def name_activation(activation: GraphModule, num_projections: int, num_vectors: 
     """
     if num_vectors or num_projections > 2:
         return ActivationName("custom", _first_gate(activation, num_projections))
-    grid = torch.linspace(-6, 6, 121)
+    grid = torch.cat([torch.linspace(-6, 6, 121), _FAR, -_FAR])
     if num_projections == 1:
         return ActivationName(_match(lambda f: f(grid), _values(activation, grid)), None)
-    other = grid.flip(0) * 0.7 + 0.3
-    values = _values(activation, grid, other)
-    for gate, (a, b) in enumerate(((grid, other), (other, grid))):
+    other = torch.linspace(6, -6, len(grid)) * 0.7 + 0.3
+    first, second = torch.cat([grid, other]), torch.cat([other, grid])  # either may be the gate
+    values = _values(activation, first, second)
+    for gate, (a, b) in enumerate(((first, second), (second, first))):
         name = _match(lambda f, a=a, b=b: f(a) * b, values)
         if name not in ("custom", "identity"):
             return ActivationName(name, gate)
@@ -126,8 +128,11 @@ def _values(activation: GraphModule, *inputs: Tensor) -> Tensor | None:
 def _match(expected: Callable[[Callable[[Tensor], Tensor]], Tensor], values: Tensor | None) -> str:
     if values is None:
         return "custom"
-    close = (name for name, f in _KNOWN.items() if (expected(f) - values).abs().max() <= _SAME)
-    return next(close, "custom")
+    for name, f in _KNOWN.items():
+        wanted = expected(f)
+        if ((wanted - values).abs() <= _SAME * (1 + wanted.abs())).all():
+            return name
+    return "custom"
 
 
 def _first_gate(activation: GraphModule, num_projections: int) -> int | None:

@@ -94,7 +94,7 @@ class ConversionPlan:
         """
         try:
             return cls(tuple(_read_layer(layer) for layer in document["layers"]))
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is no plan as ConversionPlan.to_json() gives it: {error!r}") from error
 
     def __str__(self) -> str:

@@ -22,12 +22,27 @@ PLAIN = {
     "mish": lambda a: a * torch.tanh(functional.softplus(a)),
     "custom": lambda a: torch.sin(a),
 }
+# Equal to a known one near zero alone.
+CLAMPED = {
+    "relu6": functional.relu6,
+    "relu, clamped far out": lambda a: torch.relu(a).clamp(max=2.0**14),
+    "gelu, clamped below": lambda a: functional.gelu(a).clamp(max=100),
+    "silu, clamped": lambda a: functional.silu(a.clamp(-50, 50)),
+}
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain(name: str) -> None:
     """Protects: hand-written activations are recognised, and exact GELU is told from its tanh form."""
     assert name_activation(symbolic_trace(PLAIN[name]), 1, 0).name == name
+
+
+@pytest.mark.parametrize("name", CLAMPED)
+def test_clamped(name: str) -> None:
+    """Protects: what differs for large values only is another function, as a gate on either side too."""
+    function = CLAMPED[name]
+    for projections, written in ((1, function), (2, lambda a, b: function(a) * b), (2, lambda a, b: a * function(b))):
+        assert name_activation(symbolic_trace(written), projections, 0).name == "custom"
 
 
 GATED: dict[str, tuple[Callable[..., torch.Tensor], str, int]] = {

@@ -92,7 +92,7 @@ def test_auto_leaves_dense_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> No
     assert [ffn.times for ffn in sparse.report.ffns] == [(slow, fast)] * 2
     assert "Time of an FFN" in str(sparse.report)
     assert len(sparse.report.converted) == 1
-    assert inspect(model, (x,)).plan(**{**options, "target_tokens": 9}).layers[0].converts
+    assert inspect(model, (x,)).plan(num_experts=4, top_k=2, target_tokens=9).layers[0].converts
 
 
 def test_bad_target_tokens() -> None:
