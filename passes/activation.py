@@ -105,12 +105,12 @@ def name_activation(activation: GraphModule, num_projections: int, num_vectors: 
         return ActivationName("custom", _first_gate(activation, num_projections))
     grid = torch.cat([torch.linspace(-6, 6, 121), _FAR, -_FAR])
     if num_projections == 1:
-        return ActivationName(_match(lambda f: f(grid), _values(activation, grid)), None)
+        return ActivationName(_match(lambda f: f(grid), _values(activation, grid), torch.zeros(())), None)
     other = torch.linspace(6, -6, len(grid)) * 0.7 + 0.3
     first, second = torch.cat([grid, other]), torch.cat([other, grid])  # either may be the gate
     values = _values(activation, first, second)
     for gate, (a, b) in enumerate(((first, second), (second, first))):
-        name = _match(lambda f, a=a, b=b: f(a) * b, values)
+        name = _match(lambda f, a=a, b=b: f(a) * b, values, b)
         if name not in ("custom", "identity"):
             return ActivationName(name, gate)
     return ActivationName("custom", _first_gate(activation, num_projections))
@@ -125,12 +125,13 @@ def _values(activation: GraphModule, *inputs: Tensor) -> Tensor | None:
             return None
 
 
-def _match(expected: Callable[[Callable[[Tensor], Tensor]], Tensor], values: Tensor | None) -> str:
+def _match(expected: Callable[[Callable[[Tensor], Tensor]], Tensor], values: Tensor | None, factor: Tensor) -> str:
+    """`factor` is what multiplies the activation and its rounding."""
     if values is None:
         return "custom"
     for name, f in _KNOWN.items():
         wanted = expected(f)
-        if ((wanted - values).abs() <= _SAME * (1 + wanted.abs())).all():
+        if ((wanted - values).abs() <= _SAME * (1 + wanted.abs() + factor.abs())).all():
             return name
     return "custom"
 
