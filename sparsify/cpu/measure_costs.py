@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -44,14 +43,14 @@ def measure_rates(dtype: torch.dtype) -> Rates:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The median of five runs after one that does not count."""
+    """The least of five runs after one that does not count: what the machine can do when nobody disturbs it."""
     run()
     times: list[float] = []
     for _ in range(5):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def _table(

@@ -22,6 +22,8 @@
 #define ROWS_MAX (VL * 3 / 4)    /* so many rows left over are cheaper as they are than as a panel with empty lanes */
 #define SEGMENT_BYTES (512 << 10) /* packed rows of a segment: half of a usual L2 cache */
 #define SEGMENT_PANELS 8
+#define CHUNK_PAIRS 2048    /* so many pairs at a time, or SEGMENT_PANELS panels for each expert: bounds the memory */
+#define KEPT_BYTES (64 << 20)
 
 enum { FINE, BAD_EXPERT, NO_MEMORY };
 
@@ -126,7 +128,8 @@ static void up_panels(job *j, const segment *s, int64_t first, int64_t columns) 
         int gated = j->gate.data != NULL;
         for (int m = 0; m <= gated; m++) {
             const char *w = weights[m]->data + s->expert * weights[m]->expert + first * weights[m]->row;
-            product_panels(a, j->x_panel, w, weights[m]->row, columns, j->inner, (int)j->bf16, panels, results[m]);
+            product_panels(a, j->x_panel, w, weights[m]->row, columns, j->inner, (int)j->bf16, panels,
+                           done == 0, results[m]);
             add_bias_panels(weights[m], s->expert, first, columns, lanes, j->bf16, results[m]);
         }
         activate(gated ? gate : z, columns * lanes, (int)j->activation);
@@ -192,7 +195,8 @@ static void down_panels(job *j, const segment *s, int64_t first, int64_t columns
         panels = least(s->panels - done, TILE_PANELS);
         float z[COLUMNS * TILE_PANELS * VL] = {0};
         const char *a = j->hidden_panels + (s->panel + done) * j->hidden_panel;
-        product_panels(a, j->hidden_panel, w, j->down.row, columns, j->width, (int)j->bf16, panels, z);
+        product_panels(a, j->hidden_panel, w, j->down.row, columns, j->width, (int)j->bf16, panels, done == 0,
+                       z);
         add_bias_panels(&j->down, s->expert, first, columns, panels * VL, j->bf16, z);
         for (int64_t p = 0; p < panels; p++) {
             int64_t begin = (done + p) * VL, lanes = least(s->panel_rows - begin, VL);
@@ -303,6 +307,24 @@ static int plan(job *j, int64_t *ends) {
     return FINE;
 }
 
+/* One buffer is kept between calls, since fresh pages cost a tenth of a large call. A call that finds it in use by another
+   thread takes memory of its own. */
+static char *kept;
+
+static char *take(int64_t bytes) {
+    char *found = __atomic_exchange_n(&kept, NULL, __ATOMIC_ACQUIRE);
+    if (found && *(int64_t *)found >= bytes) return found;
+    free(found);
+    found = aligned_alloc(64, (size_t)bytes);
+    if (found) *(int64_t *)found = bytes;
+    return found;
+}
+
+static void give_back(char *buffer) {
+    if (buffer && *(int64_t *)buffer > KEPT_BYTES) free(buffer);
+    else free(__atomic_exchange_n(&kept, buffer, __ATOMIC_RELEASE));
+}
+
 static char *cut(char **from, int64_t bytes) {
     char *start = *from;
     *from += round_up(bytes, 64);
@@ -316,22 +338,22 @@ static int run(job *j, int64_t threads, int64_t poison, void (*parallel)(void (*
     j->hidden_row = round_up(j->width * size, 64);
     /* Every part but the last of an expert holds at least VL rows. */
     int64_t most = least(pairs, j->experts + pairs / VL) + 1;
-    char *lists = malloc((size_t)(round_up(pairs * 8, 64) + round_up((j->experts + 1) * 8, 64) +
-                                  round_up(most * (int64_t)sizeof(segment), 64) + round_up(most * 8, 64)));
+    int64_t list_bytes = round_up(pairs * 8, 64) + round_up((j->experts + 1) * 8, 64) +
+                         round_up(most * (int64_t)sizeof(segment), 64) + round_up(most * 8, 64);
+    char *lists = malloc((size_t)list_bytes), *at = lists;
     if (!lists) return NO_MEMORY;
-    char *at = lists;
     j->order = (int64_t *)cut(&at, pairs * 8);
     int64_t *ends = (int64_t *)cut(&at, (j->experts + 1) * 8);
     j->segments = (segment *)cut(&at, most * (int64_t)sizeof(segment));
     j->panel_segment = (int64_t *)cut(&at, most * 8);
     int status = plan(j, ends);
     int64_t bytes = round_up(j->num_panels * j->x_panel, 64) + round_up(j->num_panels * j->hidden_panel, 64) +
-                    round_up(j->num_rows * j->hidden_row, 64) + round_up(pairs * j->outputs * 4, 64) + 64;
-    char *scratch = status == FINE ? aligned_alloc(64, (size_t)bytes) : NULL;
+                    round_up(j->num_rows * j->hidden_row, 64) + round_up(pairs * j->outputs * 4, 64) + 64; /* 64 for its size */
+    char *scratch = status == FINE ? take(bytes) : NULL;
     if (status == FINE && !scratch) status = NO_MEMORY;
     if (status == FINE) {
-        if (poison) memset(scratch, 0xff, (size_t)bytes);
-        at = scratch;
+        at = scratch + 64;
+        if (poison) memset(at, 0xff, (size_t)bytes - 64);
         j->packed = cut(&at, j->num_panels * j->x_panel);
         j->hidden_panels = cut(&at, j->num_panels * j->hidden_panel);
         j->hidden_rows = cut(&at, j->num_rows * j->hidden_row);
@@ -343,7 +365,7 @@ static int run(job *j, int64_t threads, int64_t poison, void (*parallel)(void (*
         if (threads > 1) parallel(work, j, (unsigned)threads, 0);
         else work(j);
     }
-    free(scratch);
+    give_back(scratch);
     free(lists);
     return status;
 }
@@ -373,5 +395,18 @@ int sparsify_moe_ffn(const int64_t *a) {
         .gate = matrix_at(a + 22),
         .down = matrix_at(a + 27),
     };
-    return run(&j, a[13], a[14], (void (*)(void (*)(void *), void *, unsigned, unsigned))(intptr_t)a[15]);
+    int64_t chunk = j.experts * SEGMENT_PANELS * VL > CHUNK_PAIRS ? j.experts * SEGMENT_PANELS * VL : CHUNK_PAIRS;
+    chunk = round_up(chunk / j.slots + 1, TOKENS);
+    int64_t size = j.bf16 ? 2 : 4;
+    for (int64_t first = 0; first < a[5]; first += chunk) {
+        job part = j;
+        part.tokens = least(a[5] - first, chunk);
+        part.x += first * j.x_row;
+        part.routing += first * j.slots;
+        part.ids += first * j.slots;
+        part.y += first * j.outputs * size;
+        int status = run(&part, a[13], a[14], (void (*)(void (*)(void *), void *, unsigned, unsigned))(intptr_t)a[15]);
+        if (status != FINE) return status;
+    }
+    return FINE;
 }
