@@ -4,9 +4,9 @@
     python benchmarks/cpu.py --quick         one layer, fp32, under a minute
 
 All columns of a row are timed in turns within one run, each round with other tokens and another routing, so that no
-column finds its weights in a cache that the others do not have; the median counts. `dense packed` has its weights packed
-by oneDNN, as an inference engine does. `share` is the ratio to the faster dense layer over the ideal E / K. The tables
-go to out/cpu.md and out/cpu.json.
+column finds its weights in a cache that the others do not have; the median counts. `dense packed` has its weights
+packed by oneDNN, as an inference engine does. `share` is the ratio to the faster dense layer over the ideal E / K. The
+tables go to out/cpu.md and out/cpu.json.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-import sparsify.ops.moe_ffn  # noqa: F401  # the op
 from sparsify.cpu import kernel_status, packed
 from sparsify.cpu.cost_model import processor_name
 from sparsify.cpu.experts import Experts, sort_pairs
 from sparsify.cpu.forms import sorted_linears
 from sparsify.cpu.run import choose_form
+from sparsify.ops import moe_ffn
 
 _VARIANTS = 16  # of tokens and routing
 _BATCHED_MM_TOKENS = 16  # it copies the weights for every pair: beyond, it takes seconds
@@ -71,7 +71,8 @@ def main(
         results.append({"case": str(case), "experts": case.num_experts, "top_k": case.top_k, "rows": rows})
         print(_table(results[-1]), flush=True)
     machine = {"cpu": processor_name(), "torch": torch.__version__, "kernel": kernel_status().available}
-    text = f"# One FFN layer on {machine['cpu']}\n\ntorch {machine['torch']}, microseconds, medians of interleaved rounds\n"
+    title = f"# One FFN layer on {machine['cpu']}\n"
+    text = f"{title}\ntorch {machine['torch']}, microseconds, medians of interleaved rounds\n"
     _write(output / "cpu.json", json.dumps({"machine": machine, "results": results}, indent=1))
     _write(output / "cpu.md", "\n".join([text, *map(_table, results)]))
 
@@ -147,7 +148,7 @@ def _columns(case: Case, experts: Experts, tokens: int) -> dict[str, Column]:
         "loop": lambda x, weights, ids: sorted_linears(x, weights, ids, experts),
         "HF grouped_mm": lambda x, weights, ids: grouped_mm_experts_forward(hugging_face, x, ids, weights),
         "grouped_mm": lambda x, weights, ids: _grouped_mm(x, weights, ids, experts),
-        "ours": lambda x, weights, ids: torch.ops.sparsify.moe_ffn(x, weights, ids, *experts),
+        "ours": lambda x, weights, ids: moe_ffn(x, weights, ids, *experts),
     }
     if packed.supported(case.dtype):
         pack = lambda weight: packed.pack(weight, weight.shape, tokens)  # noqa: E731

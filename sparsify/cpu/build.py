@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 SOURCES = ("moe_ffn.c", "products.h", "activations.h", "vector.h")
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def library() -> Iterator[Path]:
+def library() -> Generator[Path, None, None]:
     """The compiled library, which exists within the block at least.
 
     Raises:

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Collection, Mapping
@@ -33,8 +34,8 @@ from sparsify.cpu.forms import FORMS, PACKING
 from sparsify.cpu.kernel import kernel_status
 
 ROWS = (1, 4, 16, 64, 256)
-# The table a form is charged by; `fused` is the compiled kernel.
-_TABLES = {"token_loop": "expert", "sorted_linears": "expert", "padded_bmm": "batched", "sorted_packed": "expert_packed"}
+# The table that a form of one product after another is charged by.
+_TABLES = {"sorted_linears": "expert", "sorted_packed": "expert_packed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +153,8 @@ class Costs:
         if factor == 1:
             return rates
         by_rows = [factor if rows > 16 else min(factor, 4.0) for rows in ROWS]
-        tables = {kind: tuple(a * b for a, b in zip(table, by_rows, strict=True)) for kind, table in rates.tables.items()}
-        return Rates(rates.call, rates.values * min(factor, 4.0), tables)
+        scaled = {kind: tuple(map(operator.mul, table, by_rows)) for kind, table in rates.tables.items()}
+        return Rates(rates.call, rates.values * min(factor, 4.0), scaled)
 
     def dense_seconds(self, shape: FFNShape, tokens: int) -> float:
         """The dense layer on `tokens` tokens, plain or packed, whichever is faster."""
@@ -175,8 +176,10 @@ class Costs:
     def __str__(self) -> str:
         lines = [f"costs of {self.machine} ({self.source}), multiply-adds per nanosecond for {ROWS} rows"]
         for (dtype, threads), rates in sorted(self.rates.items()):
-            lines.append(f"{dtype}, {threads} threads: a call {rates.call * 1e6:.1f} us, {rates.values / 1e9:.2f} values/ns")
-            lines += [f"  {name:14}" + "".join(f"{rate / 1e9:8.1f}" for rate in table) for name, table in rates.tables.items()]
+            head = f"{dtype}, {threads} threads: a call {rates.call * 1e6:.1f} us, {rates.values / 1e9:.2f} values/ns"
+            lines.append(head)
+            for name, table in rates.tables.items():
+                lines.append(f"  {name:14}" + "".join(f"{rate / 1e9:8.1f}" for rate in table))
         return "\n".join(lines)
 
 
@@ -241,7 +244,8 @@ def _read(path: Path) -> Costs:
     try:
         return _parse(json.loads(path.read_text()), str(path))
     except (KeyError, TypeError, ValueError) as failure:
-        raise ValueError(f"{path} holds no costs of sparsify ({failure}): delete it, or measure and save anew") from failure
+        message = f"{path} holds no costs of sparsify ({failure}): delete it, or measure and save anew"
+        raise ValueError(message) from failure
 
 
 def _parse(found: Mapping[str, Any], source: str) -> Costs:

@@ -25,13 +25,25 @@ class Experts(NamedTuple):
     def hidden(self, e: int, rows: Tensor) -> Tensor:
         """`[n, D]` to `[n, I]`: what expert `e` feeds to its down projection."""
         up = functional.linear(rows, self.up_proj[e], pick(self.up_bias, e))
-        return self.activate(up, functional.linear(rows, self.gate_proj[e], pick(self.gate_bias, e))
-                             if self.gate_proj is not None else None)  # fmt: skip
+        if self.gate_proj is None:
+            return self.activate(up, None)
+        return self.activate(up, functional.linear(rows, self.gate_proj[e], pick(self.gate_bias, e)))
+
+    def double(self) -> Experts:
+        """The same in fp64."""
+        return Experts(
+            self.up_proj.double(), _double(self.up_bias), _double(self.gate_proj), _double(self.gate_bias),
+            self.down_proj.double(), _double(self.down_bias), self.activation,
+        )  # fmt: skip
 
     def activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
         """The activation, of the gate where there is one; all of one shape."""
         act = ACTIVATIONS[self.activation]
         return act(up) if gate is None else act(gate).mul_(up)
+
+
+def _double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double()
 
 
 class SortedPairs(NamedTuple):

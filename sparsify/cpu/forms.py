@@ -56,8 +56,7 @@ def sorted_packed(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, expert
         return packed.apply(rows, made, pick(bias, e))
 
     def run(e: int, rows: Tensor) -> Tensor:
-        gated = experts.gate_proj is not None
-        gate = linear(rows, experts.gate_proj, experts.gate_bias, e) if gated else None
+        gate = None if experts.gate_proj is None else linear(rows, experts.gate_proj, experts.gate_bias, e)
         hidden = experts.activate(linear(rows, experts.up_proj, experts.up_bias, e), gate)
         return linear(hidden, experts.down_proj, experts.down_bias, e)
 
@@ -81,8 +80,7 @@ def padded_bmm(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: 
             return torch.bmm(inputs, weight.transpose(1, 2))
         return torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
 
-    gated = experts.gate_proj is not None
-    gate = product(rows, experts.gate_proj, experts.gate_bias) if gated else None
+    gate = None if experts.gate_proj is None else product(rows, experts.gate_proj, experts.gate_bias)
     hidden = experts.activate(product(rows, experts.up_proj, experts.up_bias), gate)
     out = product(hidden, experts.down_proj, experts.down_bias).flatten(0, 1).index_select(0, place)
     return _combine(x, routing_weights, out, pairs.pairs, num_slots, pairs.unused)

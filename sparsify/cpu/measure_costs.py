@@ -14,6 +14,7 @@ from sparsify.cpu.cost_model import ROWS, Rates
 from sparsify.cpu.experts import Experts
 
 _MEMORY = 64 << 20
+_RUNS = 5
 _HIDDEN, _WIDE, _NARROW = 768, 3072, 384
 
 
@@ -32,8 +33,9 @@ def measure_rates(dtype: torch.dtype) -> Rates:
     }
     if packed.supported(dtype):
         apply = lambda x, piece: packed.apply(x, piece, None)  # noqa: E731
-        tables["dense_packed"] = _table([packed.pack(piece, piece.shape, 16) for piece in wide], _WIDE, apply, dtype)
-        tables["expert_packed"] = _table([packed.pack(piece, piece.shape, 16) for piece in narrow], _NARROW, apply, dtype)
+        pack = lambda piece: packed.pack(piece, piece.shape, 16)  # noqa: E731
+        tables["dense_packed"] = _table([*map(pack, wide)], _WIDE, apply, dtype)
+        tables["expert_packed"] = _table([*map(pack, narrow)], _NARROW, apply, dtype)
     if kernel.kernel_status().available:
         tables["fused"] = _fused_table(weight, dtype)
     row = torch.randn(1, 16).to(dtype)
@@ -43,10 +45,10 @@ def measure_rates(dtype: torch.dtype) -> Rates:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The least of five runs after one that does not count: what the machine can do when nobody disturbs it."""
+    """The least of `_RUNS` runs after one that does not count: what the machine can do when nobody disturbs it."""
     run()
     times: list[float] = []
-    for _ in range(5):
+    for _ in range(_RUNS):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

@@ -57,8 +57,7 @@ def _make_layer(
 
 def _exact(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
     """The reference on the same numbers in fp64."""
-    wide = [None if tensor is None else tensor.double() for tensor in experts[:6]]
-    return moe_ffn_reference(x.double(), routing_weights.double(), expert_ids, *wide, experts.activation)
+    return moe_ffn_reference(x.double(), routing_weights.double(), expert_ids, *experts.double())
 
 
 def _relative_error(y: Tensor, expected: Tensor) -> float:

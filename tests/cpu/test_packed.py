@@ -38,7 +38,7 @@ def test_packs_once(form, monkeypatch, make_layer):
     monkeypatch.setattr(packed, "pack", None)
     views = layer[3]._replace(up_proj=layer[3].up_proj.view(4, 8, 16), down_proj=layer[3].down_proj[:])
     FORMS[form](*layer)
-    FORMS[form](*layer[:3], views)
+    FORMS[form](layer[0], layer[1], layer[2], views)
 
 
 def test_freed_with_the_weight(make_layer):
@@ -63,6 +63,6 @@ def test_weights_made_in_inference_mode(make_layer, error_of):
 
 def test_can_be_forbidden(monkeypatch):
     """Protects: SPARSIFY_NO_PREPACK keeps memory as it is."""
-    assert PACKING <= set(available_forms(torch.float32))
+    assert set(available_forms(torch.float32)) >= PACKING
     monkeypatch.setenv("SPARSIFY_NO_PREPACK", "1")
     assert not PACKING & set(available_forms(torch.float32))
