@@ -201,7 +201,8 @@ _NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("strided_conv", "padded_conv", "strided_down", "padded_down"), _ALONE),
     **dict.fromkeys(("shared_up", "shared_down"), _TWO_FFNS),
     # Random numbers fall in the order of memory, which a layer that stays dense does not keep in every spelling.
-    **dict.fromkeys(("dropout_always", "noise_always"), {"up": "linear", "gate": "linear"}),
+    "dropout_always": {"up": "linear", "gate": "linear"},
+    "noise_always": {"up": "linear", "gate": "linear"},
     **dict.fromkeys(("input_weights", "attention_scores"), _BARE),
     "dynamic_neurons": {**_BARE, "neurons": 16},
     "swap_neurons": {**_BY_TOKEN, "seq": 5, "neurons": 5, "experts": 2},

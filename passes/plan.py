@@ -102,8 +102,8 @@ class ConversionPlan:
 
 
 def _read_layer(document: Mapping[str, Any]) -> LayerPlan:
-    times = tuple(LayerTime(**time) for time in document.get("times", ()))
-    return LayerPlan(**{**document, "times": times})
+    layer = LayerPlan(**document)
+    return replace(layer, times=tuple(LayerTime(**time) for time in document.get("times", ())))
 
 
 def make_plan(matches: Sequence[FFNMatch], config: SparsifyConfig) -> ConversionPlan:
