@@ -2,8 +2,9 @@
 
    A pair is a token t and a slot k, number t * K + k. Pairs are sorted by expert and cut into segments of one expert,
    whose rows lie in panels of VL rows, a few left over as they are (see products.h). Four phases with a barrier after
-   each; threads take tasks from a counter. One task computes a value, in an order that depends on the shapes only, so
-   the result is the same bits with any number of threads.
+   each; threads take tasks from a counter. Where there are many segments for each thread, a thread takes one through
+   phases 0 to 2 by itself. One task computes a value, in an order that depends on the shapes only, so the result is the
+   same bits with any number of threads.
 
      0  pack      panel                      x rows of the panel, transposed
      1  up        segment x COLUMNS neurons  hidden = act(x up^T + b), or act(x gate^T + b) * (x up^T + b)
@@ -18,11 +19,13 @@
 #include "activations.h"
 #include "products.h"
 
+#define PHASES 4
 #define TOKENS 8
 #define ROWS_MAX (VL * 3 / 4)    /* so many rows left over are cheaper as they are than as a panel with empty lanes */
 #define SEGMENT_BYTES (512 << 10) /* packed rows of a segment: half of a usual L2 cache */
 #define SEGMENT_PANELS 8
 #define CHUNK_PAIRS 2048    /* so many pairs at a time, or SEGMENT_PANELS panels for each expert: bounds the memory */
+#define MANY_SEGMENTS 16    /* for each thread: then whole segments are shared out evenly enough */
 #define KEPT_BYTES (64 << 20)
 
 enum { FINE, BAD_EXPERT, NO_MEMORY };
@@ -57,7 +60,7 @@ typedef struct {
     int64_t x_panel, hidden_panel, hidden_row; /* bytes */
     char *packed, *hidden_panels, *hidden_rows;
     float *out; /* [pairs][outputs] */
-    int64_t next[4], tasks[4];
+    int64_t whole, arrived, next[PHASES], tasks[PHASES];
 } job;
 
 static int64_t round_up(int64_t n, int64_t step) {
@@ -66,6 +69,10 @@ static int64_t round_up(int64_t n, int64_t step) {
 
 static int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
+}
+
+static int64_t blocks_of(int64_t columns) {
+    return (columns + COLUMNS - 1) / COLUMNS;
 }
 
 INLINE float bias_at(const matrix *m, int64_t expert, int64_t column, int64_t bf16) {
@@ -182,7 +189,7 @@ static void up_rows(job *j, const segment *s, int64_t first, int64_t columns) {
 }
 
 static void up(job *j, int64_t task) {
-    int64_t blocks = (j->width + COLUMNS - 1) / COLUMNS;
+    int64_t blocks = blocks_of(j->width);
     const segment *s = j->segments + task / blocks;
     int64_t first = task % blocks * COLUMNS, columns = least(j->width - first, COLUMNS);
     if (s->panels) up_panels(j, s, first, columns);
@@ -232,7 +239,7 @@ static void down_rows(job *j, const segment *s, int64_t first, int64_t columns) 
 }
 
 static void down(job *j, int64_t task) {
-    int64_t blocks = (j->outputs + COLUMNS - 1) / COLUMNS;
+    int64_t blocks = blocks_of(j->outputs);
     const segment *s = j->segments + task / blocks;
     int64_t first = task % blocks * COLUMNS, columns = least(j->outputs - first, COLUMNS);
     if (s->panels) down_panels(j, s, first, columns);
@@ -263,14 +270,34 @@ static void combine(job *j, int64_t task) {
     }
 }
 
+/* Segments from packing to down in one thread, with memory for one segment that stays in the cache of its core. */
+static void whole(job *shared) {
+    job j = *shared;
+    int64_t up_blocks = blocks_of(j.width), down_blocks = blocks_of(j.outputs);
+    int64_t thread = __atomic_fetch_add(&shared->arrived, 1, __ATOMIC_RELAXED);
+    for (int64_t task; (task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.num_segments;) {
+        const segment *s = j.segments + task;
+        j.packed = shared->packed + (thread * SEGMENT_PANELS - s->panel) * j.x_panel;
+        j.hidden_panels = shared->hidden_panels + (thread * SEGMENT_PANELS - s->panel) * j.hidden_panel;
+        j.hidden_rows = shared->hidden_rows + (thread * ROWS_MAX - s->row) * j.hidden_row;
+        for (int64_t p = 0; p < s->panels; p++) pack(&j, s->panel + p);
+        for (int64_t b = 0; b < up_blocks; b++) up(&j, task * up_blocks + b);
+        for (int64_t b = 0; b < down_blocks; b++) down(&j, task * down_blocks + b);
+    }
+}
+
 static void work(void *data) {
-    static void (*const phases[4])(job *, int64_t) = {pack, up, down, combine};
+    static void (*const phases[PHASES])(job *, int64_t) = {pack, up, down, combine};
     job *j = data;
-    for (int phase = 0; phase < 4; phase++) {
+    if (j->whole) {
+        whole(j);
+        if (j->barrier) j->barrier();
+    }
+    for (int phase = j->whole ? PHASES - 1 : 0; phase < PHASES; phase++) {
         if (!j->tasks[phase]) continue;
         for (int64_t task; (task = __atomic_fetch_add(&j->next[phase], 1, __ATOMIC_RELAXED)) < j->tasks[phase];)
             phases[phase](j, task);
-        if (j->barrier && phase < 3) j->barrier();
+        if (j->barrier && phase < PHASES - 1) j->barrier();
     }
 }
 
@@ -347,20 +374,23 @@ static int run(job *j, int64_t threads, int64_t poison, void (*parallel)(void (*
     j->segments = (segment *)cut(&at, most * (int64_t)sizeof(segment));
     j->panel_segment = (int64_t *)cut(&at, most * 8);
     int status = plan(j, ends);
-    int64_t bytes = round_up(j->num_panels * j->x_panel, 64) + round_up(j->num_panels * j->hidden_panel, 64) +
-                    round_up(j->num_rows * j->hidden_row, 64) + round_up(pairs * j->outputs * 4, 64) + 64; /* 64 for its size */
+    j->whole = j->num_segments >= MANY_SEGMENTS * threads;
+    int64_t panels = j->whole ? SEGMENT_PANELS * threads : j->num_panels;
+    int64_t rows = j->whole ? ROWS_MAX * threads : j->num_rows;
+    int64_t bytes = round_up(panels * j->x_panel, 64) + round_up(panels * j->hidden_panel, 64) +
+                    round_up(rows * j->hidden_row, 64) + round_up(pairs * j->outputs * 4, 64) + 64; /* 64 for its size */
     char *scratch = status == FINE ? take(bytes) : NULL;
     if (status == FINE && !scratch) status = NO_MEMORY;
     if (status == FINE) {
         at = scratch + 64;
         if (poison) memset(at, 0xff, (size_t)bytes - 64);
-        j->packed = cut(&at, j->num_panels * j->x_panel);
-        j->hidden_panels = cut(&at, j->num_panels * j->hidden_panel);
-        j->hidden_rows = cut(&at, j->num_rows * j->hidden_row);
+        j->packed = cut(&at, panels * j->x_panel);
+        j->hidden_panels = cut(&at, panels * j->hidden_panel);
+        j->hidden_rows = cut(&at, rows * j->hidden_row);
         j->out = (float *)cut(&at, pairs * j->outputs * 4);
         j->tasks[0] = j->num_panels;
-        j->tasks[1] = j->num_segments * ((j->width + COLUMNS - 1) / COLUMNS);
-        j->tasks[2] = j->num_segments * ((j->outputs + COLUMNS - 1) / COLUMNS);
+        j->tasks[1] = j->num_segments * blocks_of(j->width);
+        j->tasks[2] = j->num_segments * blocks_of(j->outputs);
         j->tasks[3] = (j->tokens + TOKENS - 1) / TOKENS;
         if (threads > 1) parallel(work, j, (unsigned)threads, 0);
         else work(j);
