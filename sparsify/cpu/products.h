@@ -123,28 +123,28 @@ INLINE void tile_panels(const char *a, int64_t panel, const char *w, int64_t str
     prefetch next = {NULL, 0, 0};
     if (fetch && inner) next = prefetch_after(w, stride, inner * (bf16 ? 2 : 4), columns);
     for (int64_t done = 0, end; done < words; done = end) {
-    end = done + LINE / 4 < words ? done + LINE / 4 : words;
-    if (next.at) {
-        UNROLL
-        for (int j = 0; j < columns; j++) __builtin_prefetch(next.at + j * next.apart);
-        next.at += next.step;
-    }
-    UNROLL_4
-    for (int64_t u = done; u < end; u++) {
-        vu row[TILE_PANELS];
-        UNROLL
-        for (int p = 0; p < panels; p++) row[p] = load(a + p * panel);
-        UNROLL
-        for (int j = 0; j < columns; j++) {
-            const char *at = base[j / 4] + (j % 4 == 3 ? thrice : j % 4 * stride);
-            vu one = (vu){0} + load_word(at);
+        end = done + LINE / 4 < words ? done + LINE / 4 : words;
+        if (next.at) {
             UNROLL
-            for (int p = 0; p < panels; p++) acc[j][p] = multiply_add(acc[j][p], row[p], one, bf16);
+            for (int j = 0; j < columns; j++) __builtin_prefetch(next.at + j * next.apart);
+            next.at += next.step;
         }
-        a += VL * 4;
-        UNROLL
-        for (int g = 0; g < TILE_COLUMNS / 4; g++) base[g] += 4;
-    }
+        UNROLL_4
+        for (int64_t u = done; u < end; u++) {
+            vu row[TILE_PANELS];
+            UNROLL
+            for (int p = 0; p < panels; p++) row[p] = load(a + p * panel);
+            UNROLL
+            for (int j = 0; j < columns; j++) {
+                const char *at = base[j / 4] + (j % 4 == 3 ? thrice : j % 4 * stride);
+                vu one = (vu){0} + load_word(at);
+                UNROLL
+                for (int p = 0; p < panels; p++) acc[j][p] = multiply_add(acc[j][p], row[p], one, bf16);
+            }
+            a += VL * 4;
+            UNROLL
+            for (int g = 0; g < TILE_COLUMNS / 4; g++) base[g] += 4;
+        }
     }
     if (bf16 && inner % 2) {
         UNROLL

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.cpu import kernel
 from sparsify.cpu.experts import Experts
 from sparsify.kernels.reference import moe_ffn_reference
 
@@ -81,4 +82,4 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", filled(empty))
     monkeypatch.setattr(Tensor, "new_empty", filled(new_empty))
-    monkeypatch.setenv("SPARSIFY_POISON", "1")
+    monkeypatch.setattr(kernel, "_poison", True)

@@ -89,6 +89,7 @@ def test_built_in_numbers_say_that_experts_pay():
 def test_saved_and_loaded(tmp_path, monkeypatch):
     """Protects: a file gives back what was written; the environment names another; nothing half-written is left."""
     costs = make_costs(fused=3e10)
+    assert cost_model.current_costs().source == "built in"
     own = costs.save()
     assert own == cost_model.machine_file()
     assert Costs.load().rates == costs.rates

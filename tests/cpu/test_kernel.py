@@ -15,10 +15,11 @@ from sparsify.kernels.reference import ACTIVATIONS
 pytestmark = pytest.mark.skipif(not kernel.kernel_status().available, reason=kernel.kernel_status().reason)
 
 # tokens, hidden_size, width, out_features, num_experts, top_k: one token, primes, K = 1, K = E; rows left over, one
-# panel, several, several segments; columns that fill no block, exactly one, more.
+# panel, several, several segments, several chunks; columns that
+# fill no block, exactly one, more.
 SHAPES = [
     (1, 64, 48, 64, 4, 2), (1, 7, 5, 3, 3, 3), (53, 101, 67, 71, 3, 1), (37, 33, 17, 29, 5, 3), (20, 64, 96, 100, 1, 1),
-    (300, 96, 50, 64, 2, 2), (64, 48, 49, 47, 8, 2), (11, 1, 1, 1, 2, 1),
+    (300, 96, 50, 64, 2, 2), (64, 48, 49, 47, 8, 2), (11, 1, 1, 1, 2, 1), (2100, 9, 5, 7, 3, 2),
 ]  # fmt: skip
 BOUNDS = {torch.float32: 1.5e-6, torch.bfloat16: 1e-2}
 
@@ -79,11 +80,13 @@ def test_not_a_number_stays(make_layer):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_same_bits_with_any_number_of_threads(dtype, threads, make_layer):
-    """Protects: no sum depends on who computes it."""
-    layer = make_layer(200, 256, 192, 256, 8, 2, dtype=dtype)
+@pytest.mark.parametrize("num_experts", [8, 40])  # with 40, threads take whole segments
+@pytest.mark.usefixtures("poison")
+def test_same_bits_with_any_number_of_threads(dtype, num_experts, threads, make_layer):
+    """Protects: no sum depends on who computes it, and no phase starts before the last has ended."""
+    layer = make_layer(1500, 256, 192, 256, num_experts, 2, dtype=dtype)  # long enough for threads to meet
     results = []
-    for count in (1, 2, 2, 3):
+    for count in (1, 2, 3, 2, 3, 2):
         threads(count)
         results.append(kernel.run(*layer))
     assert all(torch.equal(result, results[0]) for result in results)

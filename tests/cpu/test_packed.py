@@ -53,6 +53,17 @@ def test_freed_with_the_weight(make_layer):
     assert len(packed._cache) == 1
 
 
+def test_memory_that_is_used_again(error_of, make_layer):
+    """Protects: a new weight at the address of one that is gone is not taken for it."""
+    seen = set()
+    for _ in range(20):
+        layer = make_layer(20, 16, 8, 16, 4, 2)
+        seen.add(layer[3].up_proj.data_ptr())
+        assert error_of(FORMS["sorted_packed"](*layer), layer) <= 1e-6
+        del layer
+    assert len(seen) < 20, "the allocator never gave the same address: the test tests nothing"
+
+
 def test_weights_made_in_inference_mode(make_layer, error_of):
     """Protects: such weights have no version, which must not be asked."""
     with torch.inference_mode():

@@ -1,0 +1,63 @@
+/* What the phases share: the layer, the pairs sorted by expert, and the scratch memory. */
+
+#define PHASES 4
+#define TOKENS 8
+#define ROWS_MAX (VL * 3 / 4)    /* so many rows left over are cheaper as they are than as a panel with empty lanes */
+#define SEGMENT_BYTES (512 << 10) /* packed rows of a segment: half of a usual L2 cache */
+#define SEGMENT_PANELS 8
+#define CHUNK_PAIRS 2048    /* so many pairs at a time, or SEGMENT_PANELS panels for each expert: bounds the memory */
+#define MANY_SEGMENTS 16    /* for each thread: then whole segments are shared out evenly enough */
+#define KEPT_BYTES (64 << 20)
+
+enum { FINE, BAD_EXPERT, NO_MEMORY };
+
+typedef struct {
+    const char *data;
+    int64_t expert; /* bytes from one expert to the next */
+    int64_t row;    /* bytes from one row to the next */
+    const char *bias;
+    int64_t bias_expert;
+} matrix;
+
+typedef struct {
+    int64_t expert, first; /* first sorted position */
+    int64_t panel_rows, panels, rows;
+    int64_t panel, row; /* first panel and first unpacked row in the scratch memory */
+} segment;
+
+typedef struct {
+    const char *x;
+    int64_t x_row;
+    const float *routing;
+    const int64_t *ids;
+    matrix up, gate, down;
+    char *y;
+    int64_t tokens, inner, width, outputs, experts, slots, activation, bf16;
+    void (*barrier)(void);
+    int64_t *order; /* sorted position -> pair */
+    segment *segments;
+    int64_t *panel_segment;
+    int64_t num_segments, num_panels, num_rows;
+    int64_t x_panel, hidden_panel, hidden_row; /* bytes */
+    char *packed, *hidden_panels, *hidden_rows;
+    float *out; /* [pairs][outputs] */
+    int64_t whole, arrived, next[PHASES], tasks[PHASES];
+} job;
+
+static int64_t round_up(int64_t n, int64_t step) {
+    return (n + step - 1) / step * step;
+}
+
+static int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static int64_t blocks_of(int64_t columns) {
+    return (columns + COLUMNS - 1) / COLUMNS;
+}
+
+INLINE float bias_at(const matrix *m, int64_t expert, int64_t column, int64_t bf16) {
+    const char *row = m->bias + expert * m->bias_expert;
+    if (!bf16) return ((const float *)row)[column];
+    return bf16_value(((const uint16_t *)row)[column]);
+}
