@@ -1,0 +1,202 @@
+"""Few tokens: no sorting, one program for each pair and column tile, which reads weights once and nothing twice.
+
+T tokens, D hidden_size, D_out output features, E num_experts, K top_k, P = T * K pairs, I neurons of one expert. The
+products are matrix times vector, bound by the bytes of the weights: hidden values and rows stay in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.kernels import common
+from sparsify.kernels.activations import activate
+from sparsify.kernels.combine import combine_rows
+
+_COLS = 16
+_INNER = 256
+
+
+def moe_ffn_decode(
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`sparsify::moe_ffn` in three launches.
+
+    Args:
+        x: `[T, D]`, the last stride 1.
+        routing_weights: `[T, K]` contiguous.
+        expert_ids: `[T, K]` int64 contiguous.
+        up_proj: `[E, I, D]`, any strides.
+        up_bias: `[E, I]`, the last stride 1, or None.
+        gate_proj: as `up_proj`, or None.
+        gate_bias: as `up_bias`, or None.
+        down_proj: `[E, D_out, I]`, any strides.
+        down_bias: `[E, D_out]`, the last stride 1, or None.
+        activation: a key of `ACTIVATIONS`.
+
+    Returns:
+        `[T, D_out]`, dtype of `x`.
+    """
+    num_tokens, top_k = expert_ids.shape
+    num_experts, neurons, size = up_proj.shape
+    features = down_proj.shape[1]
+    num_pairs = num_tokens * top_k
+    hidden = torch.empty((num_pairs, neurons), dtype=torch.float32, device=x.device)
+    rows = torch.empty((num_pairs, features), dtype=torch.float32, device=x.device)
+    out = torch.empty((num_tokens, features), dtype=x.dtype, device=x.device)
+    common.launch(
+        decode_up_kernel,
+        num_pairs * triton.cdiv(neurons, _COLS),
+        x,
+        expert_ids,
+        up_proj,
+        up_bias,
+        gate_proj,
+        gate_bias,
+        hidden,
+        num_experts,
+        neurons,
+        size,
+        x.stride(0),
+        *up_proj.stride(),
+        *((0, 0, 0) if gate_proj is None else gate_proj.stride()),
+        0 if up_bias is None else up_bias.stride(0),
+        0 if gate_bias is None else gate_bias.stride(0),
+        TOP_K=top_k,
+        ACTIVATION=activation,
+        BN=_COLS,
+        BK=_INNER,
+    )
+    common.launch(
+        decode_down_kernel,
+        num_pairs * triton.cdiv(features, _COLS),
+        hidden,
+        expert_ids,
+        down_proj,
+        rows,
+        num_experts,
+        features,
+        neurons,
+        *down_proj.stride(),
+        BN=_COLS,
+        BK=_INNER,
+    )
+    combine_rows(rows, expert_ids, num_experts, out, routing_weights=routing_weights, bias=down_bias)
+    return out
+
+
+@triton.jit
+def decode_up_kernel(
+    x_ptr: Any,
+    expert_ids_ptr: Any,
+    up_ptr: Any,
+    up_bias_ptr: Any,
+    gate_ptr: Any,
+    gate_bias_ptr: Any,
+    hidden_ptr: Any,
+    num_experts: Any,
+    neurons: Any,
+    size: Any,
+    stride_x: Any,
+    stride_up_e: Any,
+    stride_up_i: Any,
+    stride_up_d: Any,
+    stride_gate_e: Any,
+    stride_gate_i: Any,
+    stride_gate_d: Any,
+    stride_up_bias: Any,
+    stride_gate_bias: Any,
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """BN hidden values of one pair."""
+    n_cols = tl.cdiv(neurons, BN)
+    pair = (tl.program_id(0) // n_cols).to(tl.int64)
+    e = tl.load(expert_ids_ptr + pair)
+    if (e < 0) | (e >= num_experts):
+        return
+    cols = (tl.program_id(0) % n_cols * BN + tl.arange(0, BN)).to(tl.int64)
+    col_mask = cols < neurons
+    row_ptr = x_ptr + pair // TOP_K * stride_x
+    up = _matrix_vector(row_ptr, up_ptr + e * stride_up_e, cols, col_mask, stride_up_i, stride_up_d, size, BN, BK)
+    if up_bias_ptr is not None:
+        up += tl.load(up_bias_ptr + e * stride_up_bias + cols, mask=col_mask, other=0.0).to(tl.float32)
+    if gate_ptr is not None:
+        w_ptr = gate_ptr + e * stride_gate_e
+        gate = _matrix_vector(row_ptr, w_ptr, cols, col_mask, stride_gate_i, stride_gate_d, size, BN, BK)
+        if gate_bias_ptr is not None:
+            gate += tl.load(gate_bias_ptr + e * stride_gate_bias + cols, mask=col_mask, other=0.0).to(tl.float32)
+        hidden = activate(gate, ACTIVATION) * up
+    else:
+        hidden = activate(up, ACTIVATION)
+    tl.store(hidden_ptr + pair * neurons + cols, hidden, mask=col_mask)
+
+
+@triton.jit
+def decode_down_kernel(
+    hidden_ptr: Any,
+    expert_ids_ptr: Any,
+    down_ptr: Any,
+    rows_ptr: Any,
+    num_experts: Any,
+    features: Any,
+    neurons: Any,
+    stride_down_e: Any,
+    stride_down_n: Any,
+    stride_down_i: Any,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """BN output features of one pair, before bias and routing weight."""
+    n_cols = tl.cdiv(features, BN)
+    pair = (tl.program_id(0) // n_cols).to(tl.int64)
+    e = tl.load(expert_ids_ptr + pair)
+    if (e < 0) | (e >= num_experts):
+        return
+    cols = (tl.program_id(0) % n_cols * BN + tl.arange(0, BN)).to(tl.int64)
+    col_mask = cols < features
+    w_ptr = down_ptr + e * stride_down_e
+    row_ptr = hidden_ptr + pair * neurons
+    row = _matrix_vector(row_ptr, w_ptr, cols, col_mask, stride_down_n, stride_down_i, neurons, BN, BK)
+    tl.store(rows_ptr + pair * features + cols, row, mask=col_mask)
+
+
+@triton.jit
+def _matrix_vector(
+    row_ptr: Any,
+    w_ptr: Any,
+    cols: Any,
+    col_mask: Any,
+    stride_col: Any,
+    stride_inner: Any,
+    size: Any,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """`sum_k w[cols[n], k] row[k]`, `[BN]` fp32."""
+    inner = tl.arange(0, BK)
+    w_ptrs = w_ptr + cols[:, None] * stride_col + inner[None, :].to(tl.int64) * stride_inner
+    step = tl.full([], BK, tl.int64) * stride_inner
+    acc = tl.zeros([BN, BK], dtype=tl.float32)
+    for start in range(0, size, BK):
+        inner_mask = inner < size - start
+        a = tl.load(row_ptr + start + inner, mask=inner_mask, other=0.0).to(tl.float32)
+        w = tl.load(w_ptrs, mask=col_mask[:, None] & inner_mask[None, :], other=0.0)
+        acc += w.to(tl.float32) * a[None, :]
+        w_ptrs += step
+    return tl.sum(acc, 1)

@@ -1,0 +1,187 @@
+"""Kernel A: rows of tokens times the first projections of their experts, up to the hidden activation.
+
+T tokens, D hidden_size, E num_experts, K top_k, P pairs, I neurons of one expert, z pre-activation, h hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.kernels import common
+from sparsify.kernels.activations import activate
+from sparsify.kernels.common import tile_of_program
+from sparsify.kernels.layout import Layout
+from sparsify.kernels.tiles import Tile, fp32_precision
+
+
+def up_rows(
+    x: Tensor,
+    layout: Layout,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+    top_k: int,
+    tile: Tile,
+    *,
+    hidden: Tensor | None,
+    row_weights: Tensor | None = None,
+    up_z: Tensor | None = None,
+    gate_z: Tensor | None = None,
+) -> None:
+    """Write what is asked for of every pair that has an expert, in sorted order.
+
+    Args:
+        x: `[T, D]`, the last stride 1.
+        layout: of the pairs.
+        up_proj: `[E, I, D]`, any strides.
+        up_bias: `[E, I]`, the last stride 1, or None.
+        gate_proj: `[E, I, D]`, any strides, or None.
+        gate_bias: `[E, I]`, the last stride 1, or None.
+        activation: a key of `ACTIVATIONS`.
+        top_k: K.
+        tile: its rows are those of the layout.
+        hidden: `[P, I]` or None: h, times the row's weight if there are any.
+        row_weights: `[P]` by pair, or None.
+        up_z: `[P, I]` or None: z of the up projection.
+        gate_z: `[P, I]` or None: z of the gate.
+    """
+    _, neurons, size = up_proj.shape
+    gate_strides = (0, 0, 0) if gate_proj is None else gate_proj.stride()
+    common.launch(
+        up_kernel,
+        layout.max_tiles * triton.cdiv(neurons, tile.cols),
+        x,
+        layout.order,
+        layout.offsets,
+        layout.tile_expert,
+        layout.tile_start,
+        layout.n_tiles,
+        up_proj,
+        up_bias,
+        gate_proj,
+        gate_bias,
+        row_weights,
+        hidden,
+        up_z,
+        gate_z,
+        neurons,
+        size,
+        x.stride(0),
+        *up_proj.stride(),
+        *gate_strides,
+        0 if up_bias is None else up_bias.stride(0),
+        0 if gate_bias is None else gate_bias.stride(0),
+        TOP_K=top_k,
+        ACTIVATION=activation,
+        PRECISION=fp32_precision(),
+        BM=tile.rows,
+        BN=tile.cols,
+        BK=tile.inner,
+        GROUP=tile.group,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+@triton.jit
+def up_kernel(
+    x_ptr: Any,
+    order_ptr: Any,
+    offsets_ptr: Any,
+    tile_expert_ptr: Any,
+    tile_start_ptr: Any,
+    n_tiles_ptr: Any,
+    up_ptr: Any,
+    up_bias_ptr: Any,
+    gate_ptr: Any,
+    gate_bias_ptr: Any,
+    row_weights_ptr: Any,
+    hidden_ptr: Any,
+    up_z_ptr: Any,
+    gate_z_ptr: Any,
+    neurons: Any,
+    size: Any,
+    stride_x: Any,
+    stride_up_e: Any,
+    stride_up_i: Any,
+    stride_up_d: Any,
+    stride_gate_e: Any,
+    stride_gate_i: Any,
+    stride_gate_d: Any,
+    stride_up_bias: Any,
+    stride_gate_bias: Any,
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile `[BM, BN]` of sorted pairs x neurons; pointers that are None are left out."""
+    pid = tl.program_id(0)
+    n_tiles = tl.load(n_tiles_ptr)
+    n_cols = tl.cdiv(neurons, BN)
+    if pid >= n_tiles * n_cols:
+        return
+    tile, col_tile = tile_of_program(pid, n_tiles, n_cols, GROUP)
+    e = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    rows = tl.load(tile_start_ptr + tile) + tl.arange(0, BM)
+    row_mask = rows < tl.load(offsets_ptr + e + 1)
+    pairs = tl.load(order_ptr + rows, mask=row_mask, other=0)
+    cols = (col_tile * BN + tl.arange(0, BN)).to(tl.int64)
+    col_mask = cols < neurons
+
+    inner = tl.arange(0, BK)
+    x_ptrs = x_ptr + (pairs // TOP_K).to(tl.int64)[:, None] * stride_x + inner[None, :]
+    wide_inner = inner.to(tl.int64)[:, None]
+    up_ptrs = up_ptr + e * stride_up_e + cols[None, :] * stride_up_i + wide_inner * stride_up_d
+    up_step = tl.full([], BK, tl.int64) * stride_up_d
+    up = tl.zeros([BM, BN], dtype=tl.float32)
+    if gate_ptr is not None:
+        gate_ptrs = gate_ptr + e * stride_gate_e + cols[None, :] * stride_gate_i + wide_inner * stride_gate_d
+        gate_step = tl.full([], BK, tl.int64) * stride_gate_d
+        gate = tl.zeros([BM, BN], dtype=tl.float32)
+    for start in range(0, size, BK):
+        inner_mask = inner < size - start
+        w_mask = col_mask[None, :] & inner_mask[:, None]
+        a = tl.load(x_ptrs, mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
+        up = tl.dot(a, tl.load(up_ptrs, mask=w_mask, other=0.0), up, input_precision=PRECISION)
+        x_ptrs += BK
+        up_ptrs += up_step
+        if gate_ptr is not None:
+            gate = tl.dot(a, tl.load(gate_ptrs, mask=w_mask, other=0.0), gate, input_precision=PRECISION)
+            gate_ptrs += gate_step
+
+    out = rows.to(tl.int64)[:, None] * neurons + cols[None, :]
+    out_mask = row_mask[:, None] & col_mask[None, :]
+    if up_bias_ptr is not None:
+        up += tl.load(up_bias_ptr + e * stride_up_bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if up_z_ptr is not None:
+        tl.store(up_z_ptr + out, up, mask=out_mask)
+    if gate_ptr is not None:
+        if gate_bias_ptr is not None:
+            bias = tl.load(gate_bias_ptr + e * stride_gate_bias + cols, mask=col_mask, other=0.0)
+            gate += bias.to(tl.float32)[None, :]
+        if gate_z_ptr is not None:
+            tl.store(gate_z_ptr + out, gate, mask=out_mask)
+    if hidden_ptr is not None:
+        if gate_ptr is not None:
+            hidden = activate(gate, ACTIVATION) * up
+        else:
+            hidden = activate(up, ACTIVATION)
+        if row_weights_ptr is not None:
+            hidden *= tl.load(row_weights_ptr + pairs, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        tl.store(hidden_ptr + out, hidden, mask=out_mask)
+
+
+def empty_rows(like: Tensor, num_pairs: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for `[P, width]`: what no pair of an expert owns stays unwritten."""
+    return torch.empty((num_pairs, width), dtype=dtype or like.dtype, device=like.device)
