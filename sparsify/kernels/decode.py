@@ -16,85 +16,55 @@ from torch import Tensor
 from sparsify.kernels import common
 from sparsify.kernels.activations import activate
 from sparsify.kernels.combine import combine_rows
+from sparsify.kernels.operands import Operands
 
 _COLS = 16
 _INNER = 256
 
 
-def moe_ffn_decode(
-    x: Tensor,
-    routing_weights: Tensor,
-    expert_ids: Tensor,
-    up_proj: Tensor,
-    up_bias: Tensor | None,
-    gate_proj: Tensor | None,
-    gate_bias: Tensor | None,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """`sparsify::moe_ffn` in three launches.
-
-    Args:
-        x: `[T, D]`, the last stride 1.
-        routing_weights: `[T, K]` contiguous.
-        expert_ids: `[T, K]` int64 contiguous.
-        up_proj: `[E, I, D]`, any strides.
-        up_bias: `[E, I]`, the last stride 1, or None.
-        gate_proj: as `up_proj`, or None.
-        gate_bias: as `up_bias`, or None.
-        down_proj: `[E, D_out, I]`, any strides.
-        down_bias: `[E, D_out]`, the last stride 1, or None.
-        activation: a key of `ACTIVATIONS`.
-
-    Returns:
-        `[T, D_out]`, dtype of `x`.
-    """
-    num_tokens, top_k = expert_ids.shape
-    num_experts, neurons, size = up_proj.shape
-    features = down_proj.shape[1]
-    num_pairs = num_tokens * top_k
-    hidden = torch.empty((num_pairs, neurons), dtype=torch.float32, device=x.device)
-    rows = torch.empty((num_pairs, features), dtype=torch.float32, device=x.device)
-    out = torch.empty((num_tokens, features), dtype=x.dtype, device=x.device)
+def moe_ffn_decode(op: Operands) -> Tensor:
+    """`sparsify::moe_ffn` in three launches: `[T, D_out]`, dtype of `x`."""
+    hidden = op.x.new_empty((op.num_pairs, op.neurons), dtype=torch.float32)
+    rows = op.x.new_empty((op.num_pairs, op.features), dtype=torch.float32)
+    out = op.x.new_empty((op.x.shape[0], op.features))
     common.launch(
         decode_up_kernel,
-        num_pairs * triton.cdiv(neurons, _COLS),
-        x,
-        expert_ids,
-        up_proj,
-        up_bias,
-        gate_proj,
-        gate_bias,
+        op.num_pairs * triton.cdiv(op.neurons, _COLS),
+        op.x,
+        op.expert_ids,
+        op.up_proj,
+        op.up_bias,
+        op.gate_proj,
+        op.gate_bias,
         hidden,
-        num_experts,
-        neurons,
-        size,
-        x.stride(0),
-        *up_proj.stride(),
-        *((0, 0, 0) if gate_proj is None else gate_proj.stride()),
-        0 if up_bias is None else up_bias.stride(0),
-        0 if gate_bias is None else gate_bias.stride(0),
-        TOP_K=top_k,
-        ACTIVATION=activation,
+        op.num_experts,
+        op.neurons,
+        op.x.shape[1],
+        op.x.stride(0),
+        *op.up_proj.stride(),
+        *((0, 0, 0) if op.gate_proj is None else op.gate_proj.stride()),
+        0 if op.up_bias is None else op.up_bias.stride(0),
+        0 if op.gate_bias is None else op.gate_bias.stride(0),
+        TOP_K=op.top_k,
+        ACTIVATION=op.activation,
         BN=_COLS,
         BK=_INNER,
     )
     common.launch(
         decode_down_kernel,
-        num_pairs * triton.cdiv(features, _COLS),
+        op.num_pairs * triton.cdiv(op.features, _COLS),
         hidden,
-        expert_ids,
-        down_proj,
+        op.expert_ids,
+        op.down_proj,
         rows,
-        num_experts,
-        features,
-        neurons,
-        *down_proj.stride(),
+        op.num_experts,
+        op.features,
+        op.neurons,
+        *op.down_proj.stride(),
         BN=_COLS,
         BK=_INNER,
     )
-    combine_rows(rows, expert_ids, num_experts, out, routing_weights=routing_weights, bias=down_bias)
+    combine_rows(rows, op.expert_ids, op.num_experts, out, routing_weights=op.routing_weights, bias=op.down_bias)
     return out
 
 

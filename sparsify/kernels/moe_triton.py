@@ -1,6 +1,7 @@
-"""`sparsify::moe_ffn` and its gradients on a GPU: the kernels of this folder, put in order.
+"""`sparsify::moe_ffn` on a GPU: the kernels of this folder, put in order.
 
-T tokens, D hidden_size, D_out output features, E num_experts, K top_k, P = T * K pairs, I neurons of one expert.
+T tokens, D hidden_size, D_out output features, K top_k, P = T * K pairs, I neurons of one expert. Memory that no kernel
+writes is never read: rows of pairs without an expert, and tiles beyond the last one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from sparsify.kernels.combine import combine_rows
 from sparsify.kernels.decode import moe_ffn_decode
 from sparsify.kernels.down import down_rows
 from sparsify.kernels.layout import make_layout
-from sparsify.kernels.reference import moe_ffn_reference
-from sparsify.kernels.tiles import row_tile, shared_memory_of, skips_sorting
-from sparsify.kernels.up import empty_rows, up_rows
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from sparsify.kernels.moe_triton_backward import input_grads
+from sparsify.kernels.operands import Operands, operands
+from sparsify.kernels.reference import moe_ffn_backward_reference, moe_ffn_reference
+from sparsify.kernels.tiles import skips_sorting
+from sparsify.kernels.up import up_rows
 
 
 def moe_ffn_triton(
@@ -31,52 +32,68 @@ def moe_ffn_triton(
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """See `sparsify::moe_ffn`. What the kernels do not take (fp64, mixed dtypes) runs as plain ops."""
-    if not _takes(x, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias):
-        return moe_ffn_reference(
-            x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation
-        )
-    num_tokens, top_k = expert_ids.shape
-    num_experts, neurons, _ = up_proj.shape
-    features = down_proj.shape[1]
-    if expert_ids.numel() == 0:
-        return x.new_zeros((num_tokens, features))
-    x, up_bias, gate_bias, down_bias = _rows(x), _rows(up_bias), _rows(gate_bias), _rows(down_bias)
-    routing_weights, expert_ids = routing_weights.contiguous(), expert_ids.contiguous()
+    """See `sparsify::moe_ffn`. What the kernels do not take (`operands`) runs as plain ops."""
+    arguments = (
+        x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation,
+    )  # fmt: skip
+    op = operands(*arguments)
+    if op is None:
+        return moe_ffn_reference(*arguments)
+    if op.num_pairs == 0:
+        return x.new_zeros((x.shape[0], op.features))
     with torch.cuda.device_of(x):
-        if skips_sorting(num_tokens, top_k, num_experts):
-            return moe_ffn_decode(
-                x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation
-            )
-        m, shared_memory = num_tokens * top_k / num_experts, shared_memory_of(x.device)
-        gates = 1 if gate_proj is None else 2
-        up_tile = row_tile(m, x.element_size(), shared_memory, accumulators=gates)
-        down_tile = row_tile(m, x.element_size(), shared_memory)
-        layout = make_layout(expert_ids, num_experts, up_tile.rows)
-        hidden = empty_rows(x, expert_ids.numel(), neurons)
-        up_rows(
-            x, layout, up_proj, up_bias, gate_proj, gate_bias, activation, top_k, up_tile, hidden=hidden
-        )
-        if top_k == 1:
-            # Each token has one row, which is final; a token without an expert has none and stays 0.
-            out = x.new_zeros((num_tokens, features))
-            down_rows(hidden, layout, down_proj, down_tile, out, row_weights=routing_weights, bias=down_bias)
-            return out
-        rows = empty_rows(x, expert_ids.numel(), features)
-        down_rows(hidden, layout, down_proj, down_tile, rows)
-        out = x.new_empty((num_tokens, features))
-        combine_rows(
-            rows, expert_ids, num_experts, out,
-            inverse=layout.inverse, routing_weights=routing_weights, bias=down_bias,
-        )  # fmt: skip
+        if skips_sorting(x.shape[0], op.top_k, op.num_experts):
+            return moe_ffn_decode(op)
+        return _moe_ffn_sorted(op)
+
+
+def _moe_ffn_sorted(op: Operands) -> Tensor:
+    """`[T, D_out]` by kernels A, B and, unless K = 1, C."""
+    tile, hidden_tile = op.row_tile(), op.hidden_tile()
+    layout = make_layout(op.expert_ids, op.num_experts, tile.rows)
+    hidden = op.x.new_empty((op.num_pairs, op.neurons))
+    up_rows(op, layout, hidden_tile, hidden=hidden)
+    if op.top_k == 1:
+        # Each token has one row, which is final; a token without an expert has none and stays 0.
+        out = op.x.new_zeros((op.num_pairs, op.features))
+        down_rows(hidden, layout, op.down_proj, tile, out, row_weights=op.routing_weights, bias=op.down_bias)
         return out
+    rows = op.x.new_empty((op.num_pairs, op.features))
+    down_rows(hidden, layout, op.down_proj, tile, rows)
+    out = op.x.new_empty((op.x.shape[0], op.features))
+    combine_rows(
+        rows, op.expert_ids, op.num_experts, out,
+        inverse=layout.inverse, routing_weights=op.routing_weights, bias=op.down_bias,
+    )  # fmt: skip
+    return out
 
 
-def _takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels can compute with these dtypes and sizes."""
-    return x.dtype in _DTYPES and all(other is None or other.dtype == x.dtype for other in others)
-
-
-def _rows(tensor):
-    """The tensor with a last stride of 1, which the kernels count on."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+def moe_ffn_backward_triton(
+    grad: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """See `sparsify::moe_ffn_backward`. What the kernels do not take (`operands`) runs as plain ops."""
+    inputs = (x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias)
+    op = operands(*inputs, activation)
+    if op is None or grad.dtype != x.dtype:
+        return moe_ffn_backward_reference(grad, *inputs, activation, needs)
+    wanted = [needed and tensor is not None for needed, tensor in zip(needs, inputs, strict=True)]
+    wanted[2] = False
+    if op.num_pairs:
+        with torch.cuda.device_of(x):
+            found = input_grads(grad, op, wanted)
+    else:
+        found = [None if tensor is None else tensor.new_zeros(tensor.shape) for tensor in inputs]
+    return [
+        g if wants and g is not None else x.new_empty(0) for g, wants in zip(found, wanted, strict=True)
+    ]

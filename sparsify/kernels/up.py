@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,21 +15,16 @@ from sparsify.kernels import common
 from sparsify.kernels.activations import activate
 from sparsify.kernels.common import tile_of_program
 from sparsify.kernels.layout import Layout
+from sparsify.kernels.operands import Operands
 from sparsify.kernels.tiles import Tile, fp32_precision
 
 
 def up_rows(
-    x: Tensor,
+    op: Operands,
     layout: Layout,
-    up_proj: Tensor,
-    up_bias: Tensor | None,
-    gate_proj: Tensor | None,
-    gate_bias: Tensor | None,
-    activation: str,
-    top_k: int,
     tile: Tile,
     *,
-    hidden: Tensor | None,
+    hidden: Tensor | None = None,
     row_weights: Tensor | None = None,
     up_z: Tensor | None = None,
     gate_z: Tensor | None = None,
@@ -38,48 +32,40 @@ def up_rows(
     """Write what is asked for of every pair that has an expert, in sorted order.
 
     Args:
-        x: `[T, D]`, the last stride 1.
+        op: the arguments of the op.
         layout: of the pairs.
-        up_proj: `[E, I, D]`, any strides.
-        up_bias: `[E, I]`, the last stride 1, or None.
-        gate_proj: `[E, I, D]`, any strides, or None.
-        gate_bias: `[E, I]`, the last stride 1, or None.
-        activation: a key of `ACTIVATIONS`.
-        top_k: K.
         tile: its rows are those of the layout.
         hidden: `[P, I]` or None: h, times the row's weight if there are any.
         row_weights: `[P]` by pair, or None.
         up_z: `[P, I]` or None: z of the up projection.
         gate_z: `[P, I]` or None: z of the gate.
     """
-    _, neurons, size = up_proj.shape
-    gate_strides = (0, 0, 0) if gate_proj is None else gate_proj.stride()
     common.launch(
         up_kernel,
-        layout.max_tiles * triton.cdiv(neurons, tile.cols),
-        x,
+        layout.max_tiles * triton.cdiv(op.neurons, tile.cols),
+        op.x,
         layout.order,
         layout.offsets,
         layout.tile_expert,
         layout.tile_start,
         layout.n_tiles,
-        up_proj,
-        up_bias,
-        gate_proj,
-        gate_bias,
+        op.up_proj,
+        op.up_bias,
+        op.gate_proj,
+        op.gate_bias,
         row_weights,
         hidden,
         up_z,
         gate_z,
-        neurons,
-        size,
-        x.stride(0),
-        *up_proj.stride(),
-        *gate_strides,
-        0 if up_bias is None else up_bias.stride(0),
-        0 if gate_bias is None else gate_bias.stride(0),
-        TOP_K=top_k,
-        ACTIVATION=activation,
+        op.neurons,
+        op.x.shape[1],
+        op.x.stride(0),
+        *op.up_proj.stride(),
+        *((0, 0, 0) if op.gate_proj is None else op.gate_proj.stride()),
+        0 if op.up_bias is None else op.up_bias.stride(0),
+        0 if op.gate_bias is None else op.gate_bias.stride(0),
+        TOP_K=op.top_k,
+        ACTIVATION=op.activation,
         PRECISION=fp32_precision(),
         BM=tile.rows,
         BN=tile.cols,
@@ -180,8 +166,3 @@ def up_kernel(
         if row_weights_ptr is not None:
             hidden *= tl.load(row_weights_ptr + pairs, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         tl.store(hidden_ptr + out, hidden, mask=out_mask)
-
-
-def empty_rows(like: Tensor, num_pairs: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for `[P, width]`: what no pair of an expert owns stays unwritten."""
-    return torch.empty((num_pairs, width), dtype=dtype or like.dtype, device=like.device)
