@@ -1,15 +1,16 @@
 """The activations of `sparsify.kernels.reference.ACTIVATIONS` and their derivatives, on fp32 values in registers."""
 
-from __future__ import annotations
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def activate(z: Any, ACTIVATION: tl.constexpr):
+def activate(z, ACTIVATION: tl.constexpr):
     """`act(z)`. NaN stays NaN."""
     tl.static_assert(
         (ACTIVATION == "relu")
@@ -32,7 +33,7 @@ def activate(z: Any, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_slope(z: Any, ACTIVATION: tl.constexpr):
+def activation_slope(z, ACTIVATION: tl.constexpr):
     """`act'(z)`."""
     if ACTIVATION == "relu":
         slope = tl.where(z > 0.0, 1.0, 0.0)
@@ -52,11 +53,11 @@ def activation_slope(z: Any, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _tanh_gate(z: Any):
+def _tanh_gate(z):
     """`(1 + tanh(u)) / 2` with `u = sqrt(2 / pi) (z + 0.044715 z^3)`, which is the logistic function of `2 u`."""
     return _logistic(1.5957691216057308 * (z + 0.044715 * z * z * z))
 
 
 @triton.jit
-def _logistic(u: Any):
+def _logistic(u):
     return 1.0 / (1.0 + tl.exp(-u))

@@ -9,9 +9,10 @@ pre-activation, h hidden. For the pair p of token t and expert e:
 dr is left as one partial sum a column tile: who adds them does so in a fixed order.
 """
 
-from __future__ import annotations
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -86,24 +87,24 @@ def hidden_grads(
 
 @triton.jit
 def hidden_grad_kernel(
-    grad_ptr: Any,
-    order_ptr: Any,
-    offsets_ptr: Any,
-    tile_expert_ptr: Any,
-    tile_start_ptr: Any,
-    n_tiles_ptr: Any,
-    routing_weights_ptr: Any,
-    down_ptr: Any,
-    up_z_ptr: Any,
-    gate_z_ptr: Any,
-    partial_dr_ptr: Any,
-    neurons: Any,
-    features: Any,
-    num_pairs: Any,
-    stride_grad: Any,
-    stride_down_e: Any,
-    stride_down_n: Any,
-    stride_down_i: Any,
+    grad_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_start_ptr,
+    n_tiles_ptr,
+    routing_weights_ptr,
+    down_ptr,
+    up_z_ptr,
+    gate_z_ptr,
+    partial_dr_ptr,
+    neurons,
+    features,
+    num_pairs,
+    stride_grad,
+    stride_down_e,
+    stride_down_n,
+    stride_down_i,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -136,6 +137,7 @@ def hidden_grad_kernel(
     at = rows.to(tl.int64)[:, None] * neurons + cols[None, :]
     mask = row_mask[:, None] & col_mask[None, :]
     up = tl.load(up_z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    gate = up
     if gate_z_ptr is not None:
         gate = tl.load(gate_z_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if partial_dr_ptr is not None:

@@ -3,9 +3,10 @@
 T tokens, D_out output features, E num_experts, K top_k, P = T * K pairs, C partial sums of a pair.
 """
 
-from __future__ import annotations
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -59,17 +60,17 @@ def routing_grad(
 
 @triton.jit
 def routing_grad_kernel(
-    partial_ptr: Any,
-    expert_ids_ptr: Any,
-    grad_ptr: Any,
-    bias_ptr: Any,
-    out_ptr: Any,
-    num_partials: Any,
-    num_pairs: Any,
-    num_experts: Any,
-    features: Any,
-    stride_grad: Any,
-    stride_bias: Any,
+    partial_ptr,
+    expert_ids_ptr,
+    grad_ptr,
+    bias_ptr,
+    out_ptr,
+    num_partials,
+    num_pairs,
+    num_experts,
+    features,
+    stride_grad,
+    stride_bias,
     TOP_K: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
@@ -80,7 +81,7 @@ def routing_grad_kernel(
     e = tl.load(expert_ids_ptr + pairs, mask=mask, other=-1)
     used = (e >= 0) & (e < num_experts)
     total = tl.zeros([BP], dtype=tl.float32)
-    for c in range(num_partials):
+    for _ in range(num_partials):
         total += tl.load(partial_ptr + pairs, mask=used, other=0.0)
         partial_ptr += num_pairs
     if bias_ptr is not None:

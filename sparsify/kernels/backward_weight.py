@@ -3,9 +3,10 @@
 T tokens, E num_experts, K top_k, P pairs, M x N a weight of one expert, r routing_weights.
 """
 
-from __future__ import annotations
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -68,15 +69,15 @@ def weight_grad(
 
 @triton.jit
 def weight_grad_kernel(
-    a_ptr: Any,
-    b_ptr: Any,
-    order_ptr: Any,
-    offsets_ptr: Any,
-    out_ptr: Any,
-    size_m: Any,
-    size_n: Any,
-    stride_a: Any,
-    stride_b: Any,
+    a_ptr,
+    b_ptr,
+    order_ptr,
+    offsets_ptr,
+    out_ptr,
+    size_m,
+    size_n,
+    stride_a,
+    stride_b,
     TOP_K: tl.constexpr,
     A_BY_TOKEN: tl.constexpr,
     B_BY_TOKEN: tl.constexpr,
@@ -150,13 +151,13 @@ def bias_grad(rows: Tensor, layout: Layout, *, routing_weights: Tensor | None = 
 
 @triton.jit
 def bias_grad_kernel(
-    rows_ptr: Any,
-    order_ptr: Any,
-    offsets_ptr: Any,
-    routing_weights_ptr: Any,
-    out_ptr: Any,
-    size: Any,
-    stride_rows: Any,
+    rows_ptr,
+    order_ptr,
+    offsets_ptr,
+    routing_weights_ptr,
+    out_ptr,
+    size,
+    stride_rows,
     TOP_K: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
@@ -173,6 +174,7 @@ def bias_grad_kernel(
         positions = first + tl.arange(0, BR)
         row_mask = positions < end
         rows = positions
+        pairs = positions
         if routing_weights_ptr is not None:
             pairs = tl.load(order_ptr + positions, mask=row_mask, other=0)
             rows = pairs // TOP_K

@@ -3,9 +3,10 @@
 T tokens, D_out output features, E num_experts, K top_k, P = T * K pairs, r routing_weights.
 """
 
-from __future__ import annotations
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -58,15 +59,15 @@ def combine_rows(
 
 @triton.jit
 def combine_kernel(
-    rows_ptr: Any,
-    inverse_ptr: Any,
-    expert_ids_ptr: Any,
-    routing_weights_ptr: Any,
-    bias_ptr: Any,
-    out_ptr: Any,
-    num_experts: Any,
-    features: Any,
-    stride_bias: Any,
+    rows_ptr,
+    inverse_ptr,
+    expert_ids_ptr,
+    routing_weights_ptr,
+    bias_ptr,
+    out_ptr,
+    num_experts,
+    features,
+    stride_bias,
     TOP_K: tl.constexpr,
     BN: tl.constexpr,
 ):

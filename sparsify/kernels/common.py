@@ -1,5 +1,8 @@
 """What all expert kernels share: starting one, the order of its tiles, the inner loop of its matrix product."""
 
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -15,7 +18,7 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int =
 
 
 @triton.jit
-def tile_of_program(pid: Any, n_rows: Any, n_cols: Any, GROUP: tl.constexpr):
+def tile_of_program(pid, n_rows, n_cols, GROUP: tl.constexpr):
     """Row tile and column tile of a program of a grid of `n_rows * n_cols` tiles.
 
     GROUP row tiles go through all column tiles together, so that programs that run at the same time share rows of one
@@ -29,17 +32,17 @@ def tile_of_program(pid: Any, n_rows: Any, n_cols: Any, GROUP: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    acc: Any,
-    a_ptr: Any,
-    rows: Any,
-    row_mask: Any,
-    stride_row: Any,
-    w_ptr: Any,
-    cols: Any,
-    col_mask: Any,
-    stride_col: Any,
-    stride_inner: Any,
-    size: Any,
+    acc,
+    a_ptr,
+    rows,
+    row_mask,
+    stride_row,
+    w_ptr,
+    cols,
+    col_mask,
+    stride_col,
+    stride_inner,
+    size,
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):

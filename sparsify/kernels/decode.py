@@ -4,9 +4,10 @@ T tokens, D hidden_size, D_out output features, E num_experts, K top_k, P = T * 
 products are matrix times vector, bound by the bytes of the weights: hidden values and rows stay in fp32.
 """
 
-from __future__ import annotations
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -70,25 +71,25 @@ def moe_ffn_decode(op: Operands) -> Tensor:
 
 @triton.jit
 def decode_up_kernel(
-    x_ptr: Any,
-    expert_ids_ptr: Any,
-    up_ptr: Any,
-    up_bias_ptr: Any,
-    gate_ptr: Any,
-    gate_bias_ptr: Any,
-    hidden_ptr: Any,
-    num_experts: Any,
-    neurons: Any,
-    size: Any,
-    stride_x: Any,
-    stride_up_e: Any,
-    stride_up_i: Any,
-    stride_up_d: Any,
-    stride_gate_e: Any,
-    stride_gate_i: Any,
-    stride_gate_d: Any,
-    stride_up_bias: Any,
-    stride_gate_bias: Any,
+    x_ptr,
+    expert_ids_ptr,
+    up_ptr,
+    up_bias_ptr,
+    gate_ptr,
+    gate_bias_ptr,
+    hidden_ptr,
+    num_experts,
+    neurons,
+    size,
+    stride_x,
+    stride_up_e,
+    stride_up_i,
+    stride_up_d,
+    stride_gate_e,
+    stride_gate_i,
+    stride_gate_d,
+    stride_up_bias,
+    stride_gate_bias,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BN: tl.constexpr,
@@ -119,16 +120,16 @@ def decode_up_kernel(
 
 @triton.jit
 def decode_down_kernel(
-    hidden_ptr: Any,
-    expert_ids_ptr: Any,
-    down_ptr: Any,
-    rows_ptr: Any,
-    num_experts: Any,
-    features: Any,
-    neurons: Any,
-    stride_down_e: Any,
-    stride_down_n: Any,
-    stride_down_i: Any,
+    hidden_ptr,
+    expert_ids_ptr,
+    down_ptr,
+    rows_ptr,
+    num_experts,
+    features,
+    neurons,
+    stride_down_e,
+    stride_down_n,
+    stride_down_i,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -148,13 +149,13 @@ def decode_down_kernel(
 
 @triton.jit
 def _matrix_vector(
-    row_ptr: Any,
-    w_ptr: Any,
-    cols: Any,
-    col_mask: Any,
-    stride_col: Any,
-    stride_inner: Any,
-    size: Any,
+    row_ptr,
+    w_ptr,
+    cols,
+    col_mask,
+    stride_col,
+    stride_inner,
+    size,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):

@@ -3,9 +3,10 @@
 D_out output features, E num_experts, K top_k, P pairs, S inner size.
 """
 
-from __future__ import annotations
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -77,27 +78,27 @@ def down_rows(
 
 @triton.jit
 def down_kernel(
-    rows_ptr: Any,
-    more_rows_ptr: Any,
-    order_ptr: Any,
-    offsets_ptr: Any,
-    tile_expert_ptr: Any,
-    tile_start_ptr: Any,
-    n_tiles_ptr: Any,
-    weight_ptr: Any,
-    more_weight_ptr: Any,
-    row_weights_ptr: Any,
-    bias_ptr: Any,
-    out_ptr: Any,
-    features: Any,
-    size: Any,
-    stride_e: Any,
-    stride_n: Any,
-    stride_k: Any,
-    stride_more_e: Any,
-    stride_more_n: Any,
-    stride_more_k: Any,
-    stride_bias: Any,
+    rows_ptr,
+    more_rows_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_start_ptr,
+    n_tiles_ptr,
+    weight_ptr,
+    more_weight_ptr,
+    row_weights_ptr,
+    bias_ptr,
+    out_ptr,
+    features,
+    size,
+    stride_e,
+    stride_n,
+    stride_k,
+    stride_more_e,
+    stride_more_n,
+    stride_more_k,
+    stride_bias,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,

@@ -1,9 +1,9 @@
 """Which rows each program of the expert kernels works on, as arrays of static size on the device.
 
-T tokens, E num_experts, K top_k, P = T * K pairs of a token and a slot, BM rows of a tile. A pair is `token * K + slot`.
-Pairs are sorted by expert, those without one last, and each expert's rows are cut into tiles of BM, the last one partly
-filled. How many tiles that are depends on the routing; arrays have the largest number there can be, so that nothing is
-read back to the host and a CUDA graph can hold it.
+T tokens, E num_experts, K top_k, P = T * K pairs of a token and a slot, BM rows of a tile. A pair is the number
+`token * K + slot`. Pairs are sorted by expert, those without one last, and each expert's rows are cut into tiles of BM. How many tiles that
+are depends on the routing; arrays have the largest number there can be, so that nothing is read back to the host and a
+CUDA graph can hold it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Layout:
     inverse: Tensor
     """`[P]`: pair to sorted position."""
     offsets: Tensor
-    """`[E + 1]`: first sorted position of each expert; rows from the last entry on belong to none and are not written."""
+    """`[E + 1]`: first sorted position of each expert; from the last entry on rows belong to none and are unwritten."""
     tile_expert: Tensor
     """`[max_tiles]`: expert of each tile; of tiles from `n_tiles` on any in `[0, E)`."""
     tile_start: Tensor

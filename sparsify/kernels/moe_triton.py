@@ -49,10 +49,10 @@ def moe_ffn_triton(
 
 def _moe_ffn_sorted(op: Operands) -> Tensor:
     """`[T, D_out]` by kernels A, B and, unless K = 1, C."""
-    tile, hidden_tile = op.row_tile(), op.hidden_tile()
+    tile = op.row_tile()
     layout = make_layout(op.expert_ids, op.num_experts, tile.rows)
     hidden = op.x.new_empty((op.num_pairs, op.neurons))
-    up_rows(op, layout, hidden_tile, hidden=hidden)
+    up_rows(op, layout, op.up_tile(), hidden=hidden)
     if op.top_k == 1:
         # Each token has one row, which is final; a token without an expert has none and stays 0.
         out = op.x.new_zeros((op.num_pairs, op.features))
@@ -94,6 +94,4 @@ def moe_ffn_backward_triton(
             found = input_grads(grad, op, wanted)
     else:
         found = [None if tensor is None else tensor.new_zeros(tensor.shape) for tensor in inputs]
-    return [
-        g if wants and g is not None else x.new_empty(0) for g, wants in zip(found, wanted, strict=True)
-    ]
+    return [g if wants and g is not None else x.new_empty(0) for g, wants in zip(found, wanted, strict=True)]

@@ -69,7 +69,7 @@ def input_grads(grad: Tensor, op: Operands, wanted: Sequence[bool]) -> list[Tens
 def _recompute(
     op: Operands, layout: Layout, *, wants_z: bool, wants_hidden: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """z of the up projection, z of the gate, r h: `[P, I]` each by sorted position, None where not wanted."""
+    """Pre-activations of up and gate, r h: `[P, I]` each by sorted position, None where not wanted."""
     if not wants_z and not wants_hidden:
         return None, None, None
     shape = (op.num_pairs, op.neurons)
@@ -77,7 +77,7 @@ def _recompute(
     gate_z = op.x.new_empty(shape) if wants_z and op.gate_proj is not None else None
     hidden = op.x.new_empty(shape) if wants_hidden else None
     weights = op.routing_weights if wants_hidden else None
-    up_rows(op, layout, op.hidden_tile(), hidden=hidden, row_weights=weights, up_z=up_z, gate_z=gate_z)
+    up_rows(op, layout, op.up_tile(), hidden=hidden, row_weights=weights, up_z=up_z, gate_z=gate_z)
     return up_z, gate_z, hidden
 
 
@@ -85,7 +85,7 @@ def _over_z(
     grad: Tensor, op: Operands, layout: Layout, up_z: Tensor, gate_z: Tensor | None, *, wants_z: bool, wants_r: bool
 ) -> Tensor | None:
     """Write dz over `up_z` and `gate_z` if it is wanted; return the gradient of r if that is."""
-    tile = op.hidden_tile()
+    tile = op.hidden_grad_tile()
     parts = None
     if wants_r:
         parts = up_z.new_empty((triton.cdiv(op.neurons, tile.cols), op.num_pairs), dtype=torch.float32)
@@ -102,9 +102,7 @@ def _x_grad(op: Operands, layout: Layout, d_up: Tensor, d_gate: Tensor | None) -
     """`[T, D]`: `sum_p dz_p up_proj[e] (+ dg_p gate_proj[e])` over the pairs of a token."""
     rows = op.x.new_empty((op.num_pairs, op.x.shape[1]))
     gate_weight = None if op.gate_proj is None else op.gate_proj.transpose(1, 2)
-    down_rows(
-        d_up, layout, op.up_proj.transpose(1, 2), op.row_tile(), rows, more_rows=d_gate, more_weight=gate_weight
-    )
+    down_rows(d_up, layout, op.up_proj.transpose(1, 2), op.row_tile(), rows, more_rows=d_gate, more_weight=gate_weight)
     d_x = op.x.new_empty(op.x.shape)
     combine_rows(rows, op.expert_ids, op.num_experts, d_x, inverse=layout.inverse)
     return d_x

@@ -69,9 +69,13 @@ class Operands:
             self.tokens_per_expert, self.x.element_size(), shared_memory_of(self.x.device), accumulators=accumulators
         )
 
-    def hidden_tile(self) -> Tile:
-        """Tile of kernels over sorted pairs x neurons, which hold the gate as well where there is one."""
+    def up_tile(self) -> Tile:
+        """Tile of the first projections, of which a gated FFN has two."""
         return self.row_tile(1 if self.gate_proj is None else 2)
+
+    def hidden_grad_tile(self) -> Tile:
+        """Tile of the gradient of the hidden activation, which meets z of every element at the end."""
+        return self.row_tile(2)
 
     def weight_grad_tile(self) -> Tile:
         """Tile of the gradients of weights."""
@@ -90,7 +94,7 @@ def operands(
     down_bias: Tensor | None,
     activation: str,
 ) -> Operands | None:
-    """The operands, or None if the kernels do not take them: fp64, mixed dtypes, cards before compute capability 8.0."""
+    """The operands, or None if the kernels do not take them: fp64, mixed dtypes, compute capability below 8.0."""
     tensors = (up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias)
     same = x.dtype in _DTYPES and all(tensor is None or tensor.dtype == x.dtype for tensor in tensors)
     if not same or expert_ids.numel() > _MOST_PAIRS or not _new_enough(x.device):

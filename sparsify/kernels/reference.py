@@ -73,17 +73,22 @@ def moe_ffn_backward_reference(
     activation: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """See `sparsify::moe_ffn_backward`. With dA_p = dy_t down_proj[e], of pair p of token t and expert e:
+    """See `sparsify::moe_ffn_backward`.
 
-        dr_p = <dA_p, h_p> + <dy_t, down_bias[e]>        dz_p = r_p dA_p * act'(z_p)      dx_t = sum_p dz_p up_proj[e]
-        d up_proj[e] = sum_p dz_p^T x_t                  d down_proj[e] = sum_p dy_t^T (r_p h_p)
+    With dA_p = dy_t down_proj[e], of pair p of token t and expert e:
+
+    dr_p = <dA_p, h_p> + <dy_t, down_bias[e]>        dz_p = r_p dA_p * act'(z_p)      dx_t = sum_p dz_p up_proj[e]
+    d up_proj[e] = sum_p dz_p^T x_t                  d down_proj[e] = sum_p dy_t^T (r_p h_p)
     """
     inputs = (x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     d_x, d_weights, _, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias = (
         None if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs
     )
-    assert d_x is not None and d_weights is not None and d_up is not None and d_down is not None
+    assert d_x is not None
+    assert d_weights is not None
+    assert d_up is not None
+    assert d_down is not None
     d_x_wide = d_x.to(wide)
     for e in range(up_proj.shape[0]):
         tokens, slots = torch.nonzero(expert_ids == e, as_tuple=True)
@@ -118,6 +123,4 @@ def moe_ffn_backward_reference(
         if d_down_bias is not None:
             d_down_bias[e] = weighted_dy.sum(0)
     grads = (d_x_wide.to(x.dtype), d_weights, None, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias)
-    return [
-        g if g is not None and needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True)
-    ]
+    return [g if g is not None and needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True)]

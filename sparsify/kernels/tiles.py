@@ -26,9 +26,9 @@ class Tile:
     group: int
     """Row tiles that go through all columns together."""
 
-    def shared_memory(self, element_size: int, products: int = 1) -> int:
-        """Bytes of the operands in flight: one block of rows and `products` blocks of columns a stage."""
-        return self.stages * (self.rows + products * self.cols) * self.inner * element_size
+    def shared_memory(self, element_size: int, products: int, buffers: int) -> int:
+        """Bytes of the operands in flight: one block of rows and `products` blocks of columns a buffer."""
+        return buffers * (self.rows + products * self.cols) * self.inner * element_size
 
 
 def row_tile(m: float, element_size: int, shared_memory: int, *, accumulators: int = 1) -> Tile:
@@ -38,7 +38,7 @@ def row_tile(m: float, element_size: int, shared_memory: int, *, accumulators: i
         m: tokens of one expert on average.
         element_size: bytes.
         shared_memory: bytes that a program may use.
-        accumulators: 2 for a gated first projection, or an epilogue that holds as many values.
+        accumulators: 2 for a gated first projection, or for an epilogue that holds as many values.
     """
     if m <= 8:
         tile = Tile(rows=16, cols=64, inner=128, warps=4, stages=4, group=1)
@@ -48,28 +48,38 @@ def row_tile(m: float, element_size: int, shared_memory: int, *, accumulators: i
         tile = Tile(rows=64, cols=128, inner=64, warps=4, stages=3, group=8)
     else:
         tile = Tile(rows=128, cols=128, inner=64, warps=8, stages=3, group=8 if m <= 128 else 16)
-    if accumulators > 1 and tile.rows >= 64:
+    if accumulators > 1 and tile.rows >= 32:
         tile = replace(tile, cols=tile.cols // 2)
     return _fit(tile, element_size, shared_memory, products=accumulators)
 
 
 def weight_grad_tile(m: float, element_size: int, shared_memory: int) -> Tile:
-    """Tile of the gradient of a weight, whose inner dimension is the rows of one expert."""
+    """Tile of the gradient of a weight, whose inner dimension is the rows of one expert.
+
+    Five stages, as rows are loaded by an index that has to be loaded first: each of the two takes half of them.
+    """
     if m <= 16:
-        tile = Tile(rows=64, cols=64, inner=16, warps=4, stages=2, group=8)
+        tile = Tile(rows=64, cols=64, inner=16, warps=4, stages=5, group=8)
     elif m <= 64:
-        tile = Tile(rows=64, cols=128, inner=32, warps=4, stages=3, group=8)
+        tile = Tile(rows=64, cols=128, inner=32, warps=4, stages=5, group=8)
     else:
-        tile = Tile(rows=128, cols=128, inner=64, warps=8, stages=3, group=8)
-    return _fit(tile, element_size, shared_memory, products=1)
+        tile = Tile(rows=128, cols=128, inner=64, warps=8, stages=5, group=8)
+    return _fit(tile, element_size, shared_memory, products=1, stages_a_buffer=2)
 
 
-def _fit(tile: Tile, element_size: int, shared_memory: int, products: int) -> Tile:
+def _fit(tile: Tile, element_size: int, shared_memory: int, products: int, stages_a_buffer: int = 1) -> Tile:
+    """Halve the inner dimension for fp32, then take stages away until the operands fit.
+
+    There is a buffer a stage where a group of warps multiplies out of shared memory, which takes 64 rows. Elsewhere the
+    operands of the current step are in registers: one buffer less.
+    """
     if element_size > 2:
         tile = replace(tile, inner=max(tile.inner // 2, 16))
-    while tile.stages > 1 and tile.shared_memory(element_size, products) > shared_memory:
-        tile = replace(tile, stages=tile.stages - 1)
-    return tile
+    for stages in range(tile.stages, 1, -stages_a_buffer):
+        buffers = -(-stages // stages_a_buffer) - (tile.rows < 64)
+        if tile.shared_memory(element_size, products, buffers) <= shared_memory:
+            return replace(tile, stages=stages)
+    return replace(tile, stages=1)
 
 
 def skips_sorting(num_tokens: int, top_k: int, num_experts: int) -> bool:

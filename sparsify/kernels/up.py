@@ -3,9 +3,10 @@
 T tokens, D hidden_size, E num_experts, K top_k, P pairs, I neurons of one expert, z pre-activation, h hidden.
 """
 
-from __future__ import annotations
+# Arguments of kernels are pointers and scalars on the device, which have no type in Python.
+# pyright: reportMissingParameterType=false
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -78,31 +79,31 @@ def up_rows(
 
 @triton.jit
 def up_kernel(
-    x_ptr: Any,
-    order_ptr: Any,
-    offsets_ptr: Any,
-    tile_expert_ptr: Any,
-    tile_start_ptr: Any,
-    n_tiles_ptr: Any,
-    up_ptr: Any,
-    up_bias_ptr: Any,
-    gate_ptr: Any,
-    gate_bias_ptr: Any,
-    row_weights_ptr: Any,
-    hidden_ptr: Any,
-    up_z_ptr: Any,
-    gate_z_ptr: Any,
-    neurons: Any,
-    size: Any,
-    stride_x: Any,
-    stride_up_e: Any,
-    stride_up_i: Any,
-    stride_up_d: Any,
-    stride_gate_e: Any,
-    stride_gate_i: Any,
-    stride_gate_d: Any,
-    stride_up_bias: Any,
-    stride_gate_bias: Any,
+    x_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_start_ptr,
+    n_tiles_ptr,
+    up_ptr,
+    up_bias_ptr,
+    gate_ptr,
+    gate_bias_ptr,
+    row_weights_ptr,
+    hidden_ptr,
+    up_z_ptr,
+    gate_z_ptr,
+    neurons,
+    size,
+    stride_x,
+    stride_up_e,
+    stride_up_i,
+    stride_up_d,
+    stride_gate_e,
+    stride_gate_i,
+    stride_gate_d,
+    stride_up_bias,
+    stride_gate_bias,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,10 +132,12 @@ def up_kernel(
     up_ptrs = up_ptr + e * stride_up_e + cols[None, :] * stride_up_i + wide_inner * stride_up_d
     up_step = tl.full([], BK, tl.int64) * stride_up_d
     up = tl.zeros([BM, BN], dtype=tl.float32)
+    gate = up
+    gate_ptrs = up_ptrs
+    gate_step = up_step
     if gate_ptr is not None:
         gate_ptrs = gate_ptr + e * stride_gate_e + cols[None, :] * stride_gate_i + wide_inner * stride_gate_d
         gate_step = tl.full([], BK, tl.int64) * stride_gate_d
-        gate = tl.zeros([BM, BN], dtype=tl.float32)
     for start in range(0, size, BK):
         inner_mask = inner < size - start
         w_mask = col_mask[None, :] & inner_mask[:, None]

@@ -9,12 +9,35 @@ T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neuron
 
 from __future__ import annotations
 
+import functools
+import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.kernels.reference import ACTIVATIONS, moe_ffn_backward_reference, moe_ffn_reference
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """The GPU kernels, imported on first use: sparsify itself needs no Triton. None, and a warning, without it."""
+    try:
+        from sparsify.kernels import moe_triton
+    except ImportError as error:
+        warnings.warn(
+            f"Triton cannot be imported ({error}): experts on this GPU run one after another as plain PyTorch ops, "
+            "which is slow; install triton (on Windows triton-windows)",
+            stacklevel=2,
+        )
+        return None
+    return moe_triton
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 @torch.library.custom_op("sparsify::moe_ffn", mutates_args=())
@@ -50,11 +73,29 @@ def moe_ffn(
     Raises:
         ValueError: the activation is not known.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check_activation(activation)
     return moe_ffn_reference(
         x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation
     )
+
+
+@moe_ffn.register_kernel("cuda")
+def _moe_ffn_cuda(
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    _check_activation(activation)
+    kernels = _triton_kernels()
+    run = moe_ffn_reference if kernels is None else kernels.moe_ffn_triton
+    return run(x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation)
 
 
 @moe_ffn.register_fake
@@ -108,6 +149,29 @@ def moe_ffn_backward(
         Nine tensors, each of the shape and dtype of its input, or `[0]`.
     """
     return moe_ffn_backward_reference(
+        grad, x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias,
+        activation, needs,
+    )  # fmt: skip
+
+
+@moe_ffn_backward.register_kernel("cuda")
+def _moe_ffn_backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    kernels = _triton_kernels()
+    run = moe_ffn_backward_reference if kernels is None else kernels.moe_ffn_backward_triton
+    return run(
         grad, x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias,
         activation, needs,
     )  # fmt: skip
