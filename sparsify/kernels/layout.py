@@ -1,9 +1,9 @@
 """Which rows each program of the expert kernels works on, as arrays of static size on the device.
 
 T tokens, E num_experts, K top_k, P = T * K pairs of a token and a slot, BM rows of a tile. A pair is the number
-`token * K + slot`. Pairs are sorted by expert, those without one last, and each expert's rows are cut into tiles of BM. How many tiles that
-are depends on the routing; arrays have the largest number there can be, so that nothing is read back to the host and a
-CUDA graph can hold it.
+`token * K + slot`. Pairs are sorted by expert, those without one last, and the rows of each expert are cut into tiles
+of BM. How many tiles that are depends on the routing; arrays have the largest number there can be, so that nothing is
+read back to the host and a CUDA graph can hold it.
 """
 
 from __future__ import annotations
