@@ -9,13 +9,14 @@ on small tensors while `launch` writes down what it is asked for. A line of JSON
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,11 +30,13 @@ from triton.compiler import ASTSource
 
 from sparsify.kernels import common, operands
 from sparsify.kernels.moe_triton import moe_ffn_backward_triton, moe_ffn_triton
+from sparsify.kernels.reference import ACTIVATIONS
 
 # Bytes of shared memory that a program may use, by compute capability (CUDA programming guide).
 SHARED_MEMORY: Mapping[int, int] = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # One m = T K / E in each row of the table of tiles.
 TOKENS_PER_EXPERT = (4, 12, 48, 100, 200)
+NUM_EXPERTS = 4
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -109,17 +112,15 @@ def _launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], warps
 
 
 def launches_of(
-    m: int, dtype: torch.dtype, gated: bool, activation: str, shared_memory: int, *, top_k: int = 2, tokens: int = 0
+    tokens: int, top_k: int, dtype: torch.dtype, gated: bool, activation: str, shared_memory: int
 ) -> list[Launch]:
-    """All launches of a forward and a backward with biases at so many tokens per expert."""
-    num_experts, size, neurons = 4, 512, 256
-    tokens = tokens or m * num_experts // top_k
+    """All launches of a forward and a backward with biases, sizes multiples of 16."""
+    size, neurons = 512, 256
     x = torch.zeros(tokens, size, dtype=dtype)
-    weights = torch.zeros(tokens, top_k)
-    ids = torch.zeros(tokens, top_k, dtype=torch.int64)
-    up = torch.zeros(num_experts, neurons, size, dtype=dtype)
-    down = torch.zeros(num_experts, size, neurons, dtype=dtype)
-    up_bias, down_bias = torch.zeros(num_experts, neurons, dtype=dtype), torch.zeros(num_experts, size, dtype=dtype)
+    weights, ids = torch.zeros(tokens, top_k), torch.zeros(tokens, top_k, dtype=torch.int64)
+    up = torch.zeros(NUM_EXPERTS, neurons, size, dtype=dtype)
+    down = torch.zeros(NUM_EXPERTS, size, neurons, dtype=dtype)
+    up_bias, down_bias = up[:, :, 0].contiguous(), down[:, :, 0].contiguous()
     gate, gate_bias = (up, up_bias) if gated else (None, None)
     arguments = (x, weights, ids, up, up_bias, gate, gate_bias, down, down_bias, activation)
     with recorded_launches(shared_memory) as found:
@@ -195,30 +196,63 @@ def tensor_core_instruction(one: Compiled) -> str:
 
 
 def sweep(sample: bool) -> Iterator[Compiled]:
-    """Compile without repetition; with `sample` a part that touches every kernel and every row of the table."""
+    """Compile without repetition; with `sample` a part that touches every kernel, card and row of the table."""
     seen: set[tuple[Launch, int]] = set()
-    for capability, case, launches in _cases(sample):
-        for launch in launches:
-            if (launch, capability) not in seen:
-                seen.add((launch, capability))
-                yield compile_launch(launch, capability, case)
+    for case in SAMPLE if sample else all_cases():
+        for launch in case.launches():
+            matrix_product = "PRECISION" in dict(launch.constants)
+            repeated = (launch, case.capability) in seen or (sample and case.capability != 90 and not matrix_product)
+            if not repeated:
+                seen.add((launch, case.capability))
+                yield compile_launch(launch, case.capability, str(case))
 
 
-def _cases(sample: bool) -> Iterable[tuple[int, str, list[Launch]]]:
-    for capability, shared in SHARED_MEMORY.items():
+@dataclass(frozen=True)
+class Case:
+    """A forward and a backward whose kernels are compiled for a card."""
+
+    capability: int
+    m: int
+    gated: bool
+    activation: str = "gelu"
+    dtype: torch.dtype = torch.bfloat16
+    top_k: int = 2
+
+    def __str__(self) -> str:
+        form = "gated" if self.gated else "plain"
+        return f"{_POINTERS[self.dtype][1:]} {form} {self.activation} m={self.m} K={self.top_k}"
+
+    def launches(self) -> list[Launch]:
+        """See `launches_of`; m = 0 is two tokens, which are not sorted in the forward."""
+        tokens = self.m * NUM_EXPERTS // self.top_k or 2
+        shared_memory = SHARED_MEMORY[self.capability]
+        return launches_of(tokens, self.top_k, self.dtype, self.gated, self.activation, shared_memory)
+
+
+SAMPLE = (
+    Case(80, 48, True, "gelu_tanh"),
+    Case(80, 100, False),
+    Case(90, 4, False),
+    Case(90, 100, True, "silu"),
+    Case(90, 0, True, "silu"),
+    Case(90, 200, False, top_k=1),
+    Case(90, 48, False, dtype=torch.float32),
+    Case(100, 12, True),
+    Case(100, 200, False),
+    Case(120, 48, False),
+    Case(120, 100, True, "gelu_tanh"),
+)
+
+
+def all_cases() -> Iterator[Case]:
+    """Every card, row of the table, form and activation; fp32 and no sorting where they differ."""
+    for capability, gated in itertools.product(SHARED_MEMORY, (False, True)):
+        for m, activation in itertools.product(TOKENS_PER_EXPERT, ACTIVATIONS):
+            yield Case(capability, m, gated, activation)
         for m in TOKENS_PER_EXPERT:
-            for gated in (False, True):
-                form = "gated" if gated else "plain"
-                for activation in ("gelu",) if sample else ("relu", "squared_relu", "gelu", "gelu_tanh", "silu"):
-                    name = f"bf16 {form} {activation} m={m}"
-                    yield capability, name, launches_of(m, torch.bfloat16, gated, activation, shared)
-        for top_k, tokens in ((1, 512), (2, 2)):
-            name = f"bf16 gated silu K={top_k} T={tokens}"
-            yield capability, name, launches_of(0, torch.bfloat16, True, "silu", shared, top_k=top_k, tokens=tokens)
-    for m in TOKENS_PER_EXPERT:
-        for gated in (False, True):
-            launches = launches_of(m, torch.float32, gated, "gelu", SHARED_MEMORY[90])
-            yield 90, f"fp32 {'gated' if gated else 'plain'} gelu m={m}", launches
+            yield Case(capability, m, gated, dtype=torch.float32)
+        yield Case(capability, 0, gated)
+        yield Case(capability, 200, gated, top_k=1)
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ def row_tile(m: float, element_size: int, shared_memory: int, *, accumulators: i
         m: tokens of one expert on average.
         element_size: bytes.
         shared_memory: bytes that a program may use.
-        accumulators: 2 for a gated first projection, or for an epilogue that holds as many values.
+        accumulators: 2 for a gated first projection.
     """
     if m <= 8:
         tile = Tile(rows=16, cols=64, inner=128, warps=4, stages=4, group=1)
@@ -50,7 +50,19 @@ def row_tile(m: float, element_size: int, shared_memory: int, *, accumulators: i
         tile = Tile(rows=128, cols=128, inner=64, warps=8, stages=3, group=8 if m <= 128 else 16)
     if accumulators > 1 and tile.rows >= 32:
         tile = replace(tile, cols=tile.cols // 2)
+    if element_size > 2:
+        # Exact products of fp32 run outside the tensor cores, which takes registers for the operands as well.
+        tile = replace(tile, inner=16, cols=tile.cols // 2) if tile.rows >= 64 else replace(tile, inner=32)
     return _fit(tile, element_size, shared_memory, products=accumulators)
+
+
+def hidden_grad_tile(m: float, element_size: int, shared_memory: int, *, gated: bool) -> Tile:
+    """Tile of the gradient of the hidden activation, whose epilogue holds z as well, and the gate's where there is one.
+
+    Then twice the warps share them: at 8 warps and 128 x 64 the epilogue of a gated FFN takes every register there is.
+    """
+    tile = row_tile(m, element_size, shared_memory, accumulators=2)
+    return replace(tile, warps=2 * tile.warps) if gated and tile.rows >= 64 else tile
 
 
 def weight_grad_tile(m: float, element_size: int, shared_memory: int) -> Tile:
@@ -64,17 +76,17 @@ def weight_grad_tile(m: float, element_size: int, shared_memory: int) -> Tile:
         tile = Tile(rows=64, cols=128, inner=32, warps=4, stages=5, group=8)
     else:
         tile = Tile(rows=128, cols=128, inner=64, warps=8, stages=5, group=8)
+    if element_size > 2:
+        tile = replace(tile, inner=max(tile.inner // 2, 16))
     return _fit(tile, element_size, shared_memory, products=1, stages_a_buffer=2)
 
 
 def _fit(tile: Tile, element_size: int, shared_memory: int, products: int, stages_a_buffer: int = 1) -> Tile:
-    """Halve the inner dimension for fp32, then take stages away until the operands fit.
+    """Take stages away until the operands fit.
 
     There is a buffer a stage where a group of warps multiplies out of shared memory, which takes 64 rows. Elsewhere the
     operands of the current step are in registers: one buffer less.
     """
-    if element_size > 2:
-        tile = replace(tile, inner=max(tile.inner // 2, 16))
     for stages in range(tile.stages, 1, -stages_a_buffer):
         buffers = -(-stages // stages_a_buffer) - (tile.rows < 64)
         if tile.shared_memory(element_size, products, buffers) <= shared_memory:

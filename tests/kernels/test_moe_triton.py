@@ -85,7 +85,7 @@ def test_views_as_arguments(problem, relative_error):
         x.T.contiguous().T, r[:, :1].expand(-1, 2), ids, both[:, :23], up_bias[:1].expand(3, -1), both[:, 23:], None,
         down.transpose(1, 2).contiguous().transpose(1, 2), down_bias, "gelu",
     ]  # fmt: skip
-    wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in views]
+    wide: list[Any] = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in views]
     expected = moe_ffn_reference(*wide)
     assert relative_error(moe_ffn_triton(*views), expected) <= FP32_ERROR
 

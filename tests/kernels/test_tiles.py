@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsify.kernels.tiles import fp32_precision, row_tile, skips_sorting, weight_grad_tile
+from sparsify.kernels.tiles import fp32_precision, hidden_grad_tile, row_tile, skips_sorting, weight_grad_tile
 
 M = [0.1, 1, 8, 9, 16, 17, 64, 65, 128, 129, 5000]
 
@@ -28,7 +28,8 @@ def test_the_table():
 def test_tiles_fit_and_share_their_rows(m, element_size, shared_memory):
     """Protects: a layout serves all kernels of a call, no tile needs more memory than there is."""
     tiles = [row_tile(m, element_size, shared_memory, accumulators=n) for n in (1, 2)]
-    assert len({tile.rows for tile in tiles}) == 1
+    grads = [hidden_grad_tile(m, element_size, shared_memory, gated=gated) for gated in (False, True)]
+    assert len({tile.rows for tile in (*tiles, *grads)}) == 1
     for products, tile in enumerate(tiles, 1):
         buffers = tile.stages - (tile.rows < 64)
         assert tile.shared_memory(element_size, products, buffers) <= shared_memory
@@ -37,9 +38,10 @@ def test_tiles_fit_and_share_their_rows(m, element_size, shared_memory):
     assert sums.shared_memory(element_size, 1, -(-sums.stages // 2)) <= shared_memory
 
 
-def test_wide_elements_take_half_the_inner_block():
-    """Protects: fp32 needs the shared memory that bf16 does."""
-    assert row_tile(4, 4, 99 * 1024).inner == row_tile(4, 2, 99 * 1024).inner // 2
+def test_wide_elements_take_smaller_blocks():
+    """Protects: fp32 needs no more shared memory than bf16, and fewer accumulators."""
+    assert [row_tile(m, 4, 99 * 1024).inner for m in M] == [32] * 5 + [16] * 6
+    assert row_tile(200, 4, 99 * 1024).cols == row_tile(200, 2, 99 * 1024).cols // 2
     assert weight_grad_tile(200, 4, 99 * 1024).inner == weight_grad_tile(200, 2, 99 * 1024).inner // 2
 
 
