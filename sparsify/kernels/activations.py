@@ -44,8 +44,8 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
         slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
     elif ACTIVATION == "gelu_tanh":
         gate = _tanh_gate(z)
-        inner_slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * z * z)
-        slope = gate + z * gate * (1.0 - gate) * inner_slope
+        inner_slope = 1.5957691216057308 + 0.21406444881780076 * z * z
+        slope = gate * (1.0 + z * (1.0 - gate) * inner_slope)
     else:
         gate = _logistic(z)
         slope = gate * (1.0 + z * (1.0 - gate))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.kernels.tiles import Tile, hidden_grad_tile, row_tile, shared_memory_of, weight_grad_tile
+from sparsify.kernels.tiles import Tile, row_tile, shared_memory_of, weight_grad_tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST_CAPABILITY = (8, 0)
@@ -74,13 +74,8 @@ class Operands:
         return self.row_tile(1 if self.gate_proj is None else 2)
 
     def hidden_grad_tile(self) -> Tile:
-        """Tile of the gradient of the hidden activation."""
-        return hidden_grad_tile(
-            self.tokens_per_expert,
-            self.x.element_size(),
-            shared_memory_of(self.x.device),
-            gated=self.gate_proj is not None,
-        )
+        """Tile of the gradient of the hidden activation, whose epilogue holds z as well."""
+        return self.row_tile(2)
 
     def weight_grad_tile(self) -> Tile:
         """Tile of the gradients of weights."""

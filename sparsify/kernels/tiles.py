@@ -38,7 +38,7 @@ def row_tile(m: float, element_size: int, shared_memory: int, *, accumulators: i
         m: tokens of one expert on average.
         element_size: bytes.
         shared_memory: bytes that a program may use.
-        accumulators: 2 for a gated first projection.
+        accumulators: 2 for a gated first projection, or for an epilogue that holds as many values.
     """
     if m <= 8:
         tile = Tile(rows=16, cols=64, inner=128, warps=4, stages=4, group=1)
@@ -54,15 +54,6 @@ def row_tile(m: float, element_size: int, shared_memory: int, *, accumulators: i
         # Exact products of fp32 run outside the tensor cores, which takes registers for the operands as well.
         tile = replace(tile, inner=16, cols=tile.cols // 2) if tile.rows >= 64 else replace(tile, inner=32)
     return _fit(tile, element_size, shared_memory, products=accumulators)
-
-
-def hidden_grad_tile(m: float, element_size: int, shared_memory: int, *, gated: bool) -> Tile:
-    """Tile of the gradient of the hidden activation, whose epilogue holds z as well, and the gate's where there is one.
-
-    Then twice the warps share them: at 8 warps and 128 x 64 the epilogue of a gated FFN takes every register there is.
-    """
-    tile = row_tile(m, element_size, shared_memory, accumulators=2)
-    return replace(tile, warps=2 * tile.warps) if gated and tile.rows >= 64 else tile
 
 
 def weight_grad_tile(m: float, element_size: int, shared_memory: int) -> Tile:
