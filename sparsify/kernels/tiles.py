@@ -52,7 +52,8 @@ def row_tile(m: float, element_size: int, shared_memory: int, *, accumulators: i
         tile = replace(tile, cols=tile.cols // 2)
     if element_size > 2:
         # Exact products of fp32 run outside the tensor cores, which takes registers for the operands as well.
-        tile = replace(tile, inner=16, cols=tile.cols // 2) if tile.rows >= 64 else replace(tile, inner=32)
+        cols = tile.cols // 2 if tile.rows >= 32 or accumulators > 1 else tile.cols
+        tile = replace(tile, cols=cols, inner=16 if tile.rows >= 64 else 32)
     return _fit(tile, element_size, shared_memory, products=accumulators)
 
 
