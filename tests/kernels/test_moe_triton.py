@@ -95,16 +95,17 @@ def test_offsets_beyond_32_bits(tokens, problem, relative_error, device):
     """Protects: `e * stride`, `row * stride`, `k * stride` in 64 bits. Of 4 GiB only some pages are ever touched."""
     given = problem(tokens, 2, 3, dtype=torch.float16, unused=0.0)
     x, r, ids, up, up_bias, _, _, down, down_bias = given.tensors
-    size = 2**31 + 2**16
+    size = 2**31 + 2**18
     if device.type == "cuda":
         reserved = torch.zeros(size, dtype=torch.float16, device=device)
     else:
         reserved = torch.from_numpy(np.zeros(size, dtype=np.float16))
-    far_x = torch.as_strided(reserved, x.shape, (2**31 // (tokens - 1), 1), 2**10)
+    far_x = torch.as_strided(reserved, x.shape, (2**31 // (tokens - 1) + 1, 1), 2**10)
     far_up = torch.as_strided(reserved, up.shape, (2**30, up.shape[2], 1), 2**12)
-    far_down = torch.as_strided(reserved, down.shape, (1, down.shape[0], 2**31 // down.shape[2]), 2**14)
+    far_down = torch.as_strided(reserved, down.shape, (1, down.shape[0], 2**31 // (down.shape[2] - 1) + 1), 2**14)
     for far, near in ((far_x, x), (far_up, up), (far_down, down)):
         far.copy_(near)
+        assert sum((n - 1) * stride for n, stride in zip(far.shape, far.stride(), strict=True)) >= 2**31
     found = moe_ffn_triton(far_x, r, ids, far_up, up_bias, None, None, far_down, down_bias, "gelu")
     assert torch.equal(found, given.forward(moe_ffn_triton))
 
