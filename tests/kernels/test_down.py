@@ -10,7 +10,7 @@ from sparsify.kernels.tiles import row_tile
 
 
 def test_two_products_in_one_sum(device):
-    """Protects: the gradient of the input of a gated FFN, with weights that are transposed views; unwritten rows are not read."""
+    """Protects: the gradient of the input of a gated FFN, transposed weights; unwritten rows are not read."""
     ids = torch.randint(-1, 3, (41, 2), device=device)
     tile = row_tile(20, 4, 99 * 1024)
     layout = make_layout(ids, 3, tile.rows)
