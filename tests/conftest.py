@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read where kernels are defined, Triton's own too: before anything imports it, as torch._dynamo does.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from sparsify.models.dense_model import DenseModel
 from sparsify.models.load import load

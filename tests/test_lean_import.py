@@ -39,9 +39,38 @@ def test_converts_without_the_optional_packages() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", ["sparsify", "sparsify.cli", "sparsify.models.load"])
+@pytest.mark.parametrize("module", ["sparsify", "sparsify.cli", "sparsify.models.load", "sparsify.ops.moe_ffn"])
 def test_imports_without_the_optional_packages_and_without_a_gpu(module: str) -> None:
     """Every extra is optional, and a worker that forks must not find CUDA initialised."""
     program = PROGRAM.format(module=module)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+FALLBACK = """
+import importlib
+import warnings
+
+op = importlib.import_module("sparsify.ops.moe_ffn")  # the package holds the op under this name
+
+x, weights, ids = torch.randn(5, 4), torch.rand(5, 2), torch.tensor([[0, 1]] * 5)
+up, down = torch.randn(2, 3, 4), torch.randn(2, 4, 3)
+arguments = (x, weights, ids, up, None, None, None, down, None, "relu")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    outputs = [op._moe_ffn_cuda(*arguments) for _ in range(2)]
+    gradients = op._moe_ffn_backward_cuda(x, *arguments, [True] * 9)
+assert [str(w.message).partition(":")[0] for w in caught] == [
+    "Triton cannot be imported (import of triton halted; None in sys.modules)"
+], caught
+expected = op.moe_ffn(*arguments)
+assert all(torch.equal(y, expected) for y in outputs)
+assert torch.equal(gradients[0], op.moe_ffn_backward(x, *arguments, [True] * 9)[0])
+"""
+
+
+def test_a_gpu_without_triton_runs_plain_ops_and_says_so_once() -> None:
+    """What the CUDA dispatch key calls, called by hand: without a GPU nothing else reaches it."""
+    program = PROGRAM.format(module="sparsify.ops.moe_ffn") + FALLBACK
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -130,6 +130,4 @@ def moe_ffn_backward_reference(
         if d_down_bias is not None:
             d_down_bias[e] = weighted_dy.sum(0)
     grads = (d_x_wide.to(x.dtype), d_weights, None, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias)
-    return [
-        g if g is not None and needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True)
-    ]
+    return [g if g is not None and needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True)]

@@ -9,6 +9,9 @@ T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neuron
 
 from __future__ import annotations
 
+import functools
+import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +21,22 @@ from sparsify.kernels.reference import ACTIVATIONS, moe_ffn_backward_reference, 
 from sparsify.ops.autocast import cast_inputs
 
 
-def _check(activation: str) -> None:
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """The GPU kernels, imported on first use: sparsify itself needs no Triton. None, and a warning, without it."""
+    try:
+        from sparsify.kernels import moe_triton
+    except ImportError as error:
+        warnings.warn(
+            f"Triton cannot be imported ({error}): experts on this GPU run one after another as plain PyTorch ops, "
+            "which is slow; install triton (on Windows triton-windows)",
+            stacklevel=2,
+        )
+        return None
+    return moe_triton
+
+
+def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
@@ -56,14 +74,14 @@ def moe_ffn(
     Raises:
         ValueError: the activation is not known.
     """
-    _check(activation)
+    _check_activation(activation)
     return moe_ffn_reference(
         x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation
     )
 
 
 @moe_ffn.register_kernel("cpu")
-def _(
+def _moe_ffn_cpu(
     x: Tensor,
     routing_weights: Tensor,
     expert_ids: Tensor,
@@ -77,10 +95,29 @@ def _(
 ) -> Tensor:
     from sparsify.cpu.run import moe_ffn_cpu  # not before it is needed
 
-    _check(activation)
+    _check_activation(activation)
     return moe_ffn_cpu(
         x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation
     )
+
+
+@moe_ffn.register_kernel("cuda")
+def _moe_ffn_cuda(
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    _check_activation(activation)
+    kernels = _triton_kernels()
+    run = moe_ffn_reference if kernels is None else kernels.moe_ffn_triton
+    return run(x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation)
 
 
 @moe_ffn.register_fake
@@ -134,6 +171,29 @@ def moe_ffn_backward(
         Nine tensors, each of the shape and dtype of its input, or `[0]`.
     """
     return moe_ffn_backward_reference(
+        grad, x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias,
+        activation, needs,
+    )  # fmt: skip
+
+
+@moe_ffn_backward.register_kernel("cuda")
+def _moe_ffn_backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    kernels = _triton_kernels()
+    run = moe_ffn_backward_reference if kernels is None else kernels.moe_ffn_backward_triton
+    return run(
         grad, x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias,
         activation, needs,
     )  # fmt: skip
