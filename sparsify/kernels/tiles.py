@@ -69,7 +69,7 @@ def weight_grad_tile(m: float, element_size: int, shared_memory: int) -> Tile:
     else:
         tile = Tile(rows=128, cols=128, inner=64, warps=8, stages=5, group=8)
     if element_size > 2:
-        tile = replace(tile, inner=max(tile.inner // 2, 16))
+        tile = replace(tile, inner=max(tile.inner // 2, 16), cols=64)
     return _fit(tile, element_size, shared_memory, products=1, stages_a_buffer=2)
 
 
