@@ -67,6 +67,12 @@ def test_each_form_is_chosen_where_it_is_fastest():
     assert make_costs(expert=1e14).experts(shape(), 1024, ["token_loop", "sorted_linears"])[0] == "sorted_linears"
 
 
+def test_a_copy_of_the_weights_must_pay():
+    """Protects: memory is not doubled for a few percent."""
+    assert make_costs(expert_packed=1.15e10).experts(shape(), 1024, ["fused", "sorted_packed"])[0] == "fused"
+    assert make_costs(expert_packed=3e10).experts(shape(), 1024, ["fused", "sorted_packed"])[0] == "sorted_packed"
+
+
 @pytest.mark.parametrize("form", ALL)
 def test_more_tokens_cost_more(form):
     """Protects: no form is free at any size. A single row may cost more than four: it takes another path in oneDNN."""
