@@ -10,7 +10,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def time_layer(match: FFNMatch, config: SparsifyConfig, tokens: int) -> LayerTim
 
 def _predict_dense(match: FFNMatch, tokens: int) -> float | None:
     shape = _shape(match, match.intermediate_size, 1, 1)
-    return None if shape is None else Costs.load().dense_seconds(shape, tokens)
+    return None if shape is None else Costs.load().dense_seconds(shape, tokens, packed=False)
 
 
 def _predict_experts(match: FFNMatch, config: SparsifyConfig, tokens: int) -> tuple[str, float | None]:
@@ -99,10 +99,9 @@ def _predict_experts(match: FFNMatch, config: SparsifyConfig, tokens: int) -> tu
         return "", None
     costs = Costs.load()
     form, seconds = costs.experts(shape, tokens)
-    router = FFNShape(match.hidden_size, config.router_hidden_size, routed, 1, 1, False, torch.float32)
-    seconds += costs.dense_seconds(router, tokens)
-    shared = _shape(match, size * config.shared, 1, 1)
-    return form, seconds + (costs.dense_seconds(shared, tokens) if shared is not None and config.shared else 0.0)
+    beside = [FFNShape(match.hidden_size, config.router_hidden_size, routed, 1, 1, False, torch.float32)]
+    beside += [replace(shape, intermediate_size=size * config.shared)] if config.shared else []
+    return form, seconds + sum(costs.dense_seconds(dense, tokens, packed=False) for dense in beside)
 
 
 def _shape(match: FFNMatch, neurons: int, num_experts: int, top_k: int) -> FFNShape | None:

@@ -158,10 +158,17 @@ class Costs:
         scaled = {kind: tuple(map(operator.mul, table, by_rows)) for kind, table in rates.tables.items()}
         return Rates(rates.call, rates.values * min(factor, 4.0), scaled)
 
-    def dense_seconds(self, shape: FFNShape, tokens: int) -> float:
-        """The dense layer on `tokens` tokens, plain or packed, whichever is faster."""
+    def dense_seconds(self, shape: FFNShape, tokens: int, *, packed: bool = True) -> float:
+        """The dense layer.
+
+        Args:
+            shape: the layer.
+            tokens: T.
+            packed: with packed weights where that is faster, as an inference engine runs it; False is plain PyTorch.
+        """
         rates = self.for_dtype(shape.dtype)
-        return min(_dense(shape, tokens, rates, table) for table in ("dense", "dense_packed") if table in rates.tables)
+        tables = ("dense", "dense_packed") if packed else ("dense",)
+        return min(_dense(shape, tokens, rates, table) for table in tables if table in rates.tables)
 
     def experts(self, shape: FFNShape, tokens: int, forms: Collection[str] | None = None) -> tuple[str, float]:
         """The fastest form of the experts, and its seconds.
