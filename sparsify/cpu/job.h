@@ -5,7 +5,7 @@
 #define ROWS_MAX (VL * 3 / 4)    /* so many rows left over are cheaper as they are than as a panel with empty lanes */
 #define SEGMENT_BYTES (512 << 10) /* packed rows of a segment: half of a usual L2 cache */
 #define SEGMENT_PANELS 8
-#define CHUNK_PAIRS 2048    /* so many pairs at a time, or SEGMENT_PANELS panels for each expert: bounds the memory */
+#define CHUNK_PAIRS 2048    /* so many pairs at a time, or once or twice SEGMENT_PANELS panels for each expert: bounds the memory */
 #define MANY_SEGMENTS 16    /* for each thread: then whole segments are shared out evenly enough */
 #define KEPT_BYTES (64 << 20)
 

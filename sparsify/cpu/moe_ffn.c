@@ -178,8 +178,10 @@ int sparsify_moe_ffn(const int64_t *a) {
         .gate = matrix_at(a + 22),
         .down = matrix_at(a + 27),
     };
-    int64_t chunk = j.experts * SEGMENT_PANELS * VL > CHUNK_PAIRS ? j.experts * SEGMENT_PANELS * VL : CHUNK_PAIRS;
-    chunk = round_up(chunk / j.slots + 1, TOKENS);
+    int64_t chunk = j.experts * SEGMENT_PANELS * VL;
+    /* Each chunk reads all weights again: larger ones where their results stay small. */
+    if (2 * chunk * j.outputs * (int64_t)sizeof(float) <= KEPT_BYTES) chunk *= 2;
+    chunk = round_up((chunk > CHUNK_PAIRS ? chunk : CHUNK_PAIRS) / j.slots + 1, TOKENS);
     int64_t size = j.bf16 ? 2 : 4;
     for (int64_t first = 0; first < a[5]; first += chunk) {
         job part = j;
