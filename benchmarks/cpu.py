@@ -190,7 +190,7 @@ def _hugging_face(case: Case, experts: Experts) -> Any:
         num_experts=case.num_experts, has_gate=case.gated, has_bias=experts.up_bias is not None, is_transposed=False,
         has_post_expert_norm=False, _is_expert_parallel=False, gate_up_proj=gate_up, up_proj=experts.up_proj,
         up_proj_bias=experts.up_bias, down_proj=experts.down_proj, down_proj_bias=experts.down_bias, act_fn=act,
-        _apply_gate=apply_gate,
+        _apply_gate=apply_gate, config=SimpleNamespace(_experts_implementation="eager"),
     )  # fmt: skip
 
 
