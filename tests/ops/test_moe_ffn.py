@@ -75,6 +75,28 @@ def test_opcheck(tokens: int, gated: bool) -> None:
     torch.library.opcheck(torch.ops.sparsify.moe_ffn_backward.default, (grad, *detached, needs))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_rounds_no_more_than_the_dense_layer(activation: str, gated: bool, dtype: torch.dtype) -> None:
+    """Protects: narrow dtypes. All experts are the dense layer, whose own error in that dtype is the measure."""
+    act, size, experts, tokens = ACTIVATIONS[activation], 96, 4, 37
+    x = torch.randn(tokens, size).to(dtype)
+    up, gate, down = ((torch.randn(experts, size, size) / size**0.5).to(dtype) for _ in range(3))
+
+    def dense(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+        first = x @ up.flatten(0, 1).t()
+        hidden = act(x @ gate.flatten(0, 1).t()) * first if gated else act(first)
+        return hidden @ down.transpose(0, 1).flatten(1).t()
+
+    exact = dense(*(tensor.double() for tensor in (x, up, gate, down)))
+    ids = torch.arange(experts).expand(tokens, -1)
+    ours = ops.moe_ffn(x, torch.ones(ids.shape), ids, up, None, gate if gated else None, None, down, None, activation)
+    errors = [float((y.double() - exact).norm()) for y in (ours, dense(x, up, gate, down))]
+    assert ours.dtype == dtype
+    assert errors[0] <= 2 * errors[1]
+
+
 def test_an_unknown_activation_is_refused() -> None:
     """Protects: the message."""
     args = arguments(3, torch.float32, False, False, "mish")
