@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -24,22 +24,26 @@ from torch import fx, nn
 from sparsify.errors import ExportError, OutputError
 from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.capture import capture
-from sparsify.passes.find_layers import Layer, find_layers
+from sparsify.passes.find_layers import Layer, LayerFacts, find_layers
 from sparsify.passes.fuse_moe import unfuse_moe
 from sparsify.passes.lower_onnx.choose_lowering import (
-    Lowering,
-    Target,
-    Version,
+    DEFAULT_TOKENS,
+    LoweringTime,
     check_options,
     choose_lowering,
-    why_not_moe_op,
+    refusals,
+    why_not,
 )
 from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
+from sparsify.passes.lower_onnx.expert_region import ExpertRegion, find_regions
 from sparsify.passes.lower_onnx.flat_graph import flatten_graph
-from sparsify.passes.lower_onnx.lower_placeholders import lower_placeholders
+from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
+from sparsify.passes.lower_onnx.lowerings import Lowering, Target
+from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 from sparsify.passes.lower_onnx.metadata import FileLayer, metadata
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
+from sparsify.passes.lower_onnx.values import input_of
 from sparsify.passes.verify_onnx import OnnxParity, compare_file, refuse_random, verify_onnx
 from sparsify.sparse_model import SparseModel
 
@@ -49,11 +53,16 @@ _LARGEST_FILE = 2**31 - 2**27
 
 @dataclass(frozen=True)
 class LayerExport:
-    """How a converted layer was written, and why."""
+    """How a converted layer was written, why, and how long it takes with every lowering that was considered."""
 
     name: str
-    lowering: str
+    lowering: Lowering
     reason: str
+    times: tuple[LoweringTime, ...] = ()
+
+    def __str__(self) -> str:
+        times = "".join(f"\n    {time}" for time in self.times)
+        return f"{self.name}: {self.lowering} ({self.reason}){times}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class ExportReport:
     Attributes:
         path: the file.
         target: what it was written for.
+        target_tokens: the token counts that the lowerings were chosen for.
         opset: the version of its standard operators.
         layers: the converted layers, in the order of the graph.
         parity: the comparison with PyTorch; None with `verify=False`.
@@ -72,6 +82,7 @@ class ExportReport:
 
     path: Path
     target: str
+    target_tokens: tuple[int, ...]
     opset: int
     layers: tuple[LayerExport, ...]
     parity: OnnxParity | None
@@ -89,8 +100,10 @@ class ExportReport:
         return {**dataclasses.asdict(self), **paths, "load_seconds": self.load_seconds}
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.file_bytes / 1e6:.1f} MB, opset {self.opset}, for {self.target}"]
-        lines += [f"  {layer.name}: {layer.lowering} ({layer.reason})" for layer in self.layers]
+        tokens = ", ".join(map(str, self.target_tokens))
+        size = f"{self.file_bytes / 1e6:.1f} MB, opset {self.opset}"
+        lines = [f"{self.path}: {size}, for {self.target} at {tokens} tokens a call"]
+        lines += [f"  {layer}" for layer in self.layers]
         lines.append(f"  {self.parity or 'not checked in onnxruntime'}")
         if self.dense_path:
             lines.append(f"  dense model: {self.dense_path}")
@@ -103,6 +116,8 @@ def export_onnx(
     *,
     target: Target = "ort-cpu",
     lowering: Literal["auto"] | Lowering = "auto",
+    target_tokens: int | Sequence[int] = DEFAULT_TOKENS,
+    measure: bool = False,
     opset: int = 20,
     dense: nn.Module | None = None,
     verify: bool = True,
@@ -116,8 +131,11 @@ def export_onnx(
         sparse: the model; it is left as it is.
         path: the file to write; missing folders are made.
         target: what will run it. "portable" keeps to standard operators.
-        lowering: "sorted_split" writes experts as standard operators, "moe_op" as one `com.microsoft::MoE` node a
-            layer; "auto" takes the faster one that is exact, layer by layer.
+        lowering: "expert_chain" and "sorted_split" compute the chosen experts in standard operators, "dense_masked"
+            all experts at once, "moe_op" is one `com.microsoft::MoE` node a layer; "auto" takes the fastest one that
+            is exact, layer by layer.
+        target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
+        measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
         opset: the version of the standard operators.
         dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
         verify: run the file and compare it with the model at several shapes.
@@ -128,64 +146,92 @@ def export_onnx(
     Raises:
         ValueError: an option is unknown.
         ExportError: the model cannot be exported, or draws random numbers, which `verify` cannot compare; or
-            `lowering="moe_op"` does not fit a layer.
+            `lowering` does not fit a layer.
         VerificationError: the file computes something else than the model.
         OutputError: the file cannot be written.
-        ImportError: `verify` needs onnxruntime, which is not installed.
+        ImportError: `verify` or `measure` needs onnxruntime, which is not installed.
     """
-    check_options(target, lowering)
+    tokens = (target_tokens,) if isinstance(target_tokens, int) else tuple(target_tokens)
+    check_options(target, lowering, tokens)
     if isinstance(sparse, PartialSparseModel):
         raise ExportError(
             f"{type(sparse.original).__name__} was not traced as a whole (see the notes of the report), and an ONNX "
             "file is a graph of all of it. Convert and export the largest submodule that can be traced, or rewrite "
             "the line that the notes name."
         )
-    if verify:
+    if verify or measure:
         require_runtime()
+    if verify:
         refuse_random(sparse.graph)
     path = Path(path)
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
     with _workshop(path) as workshop:
-        model, layers = _sparse_onnx(sparse, target, lowering, opset)
+        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset))
         _write(model, workshop / path.name)
         if dense is not None and dense_path is not None:
             _export_dense(dense, sparse, workshop / dense_path.name, opset, verify)
         parity = verify_onnx(sparse, workshop / path.name) if verify else None
         file_bytes = sum(file.stat().st_size for file in workshop.glob(f"{path.name}*"))
         _move_all(workshop, path.parent)
-    return ExportReport(path, target, opset, layers, parity, file_bytes, dense_path)
+    return ExportReport(path, target, tokens, opset, layers, parity, file_bytes, dense_path)
 
 
-def _sparse_onnx(
-    sparse: SparseModel, target: Target, lowering: str, opset: int
-) -> tuple[ir.Model, tuple[LayerExport, ...]]:
+@dataclass(frozen=True)
+class _Choice:
+    """The options of an export by which layers get their lowerings."""
+
+    target: Target
+    lowering: Literal["auto"] | Lowering
+    tokens: tuple[int, ...]
+    measure: bool
+    opset: int
+
+
+def _sparse_onnx(sparse: SparseModel, options: _Choice) -> tuple[ir.Model, tuple[LayerExport, ...]]:
     flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
     unfuse_moe(sparse, flat.graph)
     layers = find_layers(sparse, flat.graph)
-    runtime = runtime_version()
-    chosen = [_choose(layer, target, lowering, runtime) for layer in layers]
-    emit_placeholders(flat.graph, list(zip(layers, (choice for choice, _ in chosen), strict=True)))
-    model = trace_onnx(flat, opset)
-    expert_ids = lower_placeholders(model)
-    exports = tuple(
-        LayerExport(layer.name, choice, reason) for layer, (choice, reason) in zip(layers, chosen, strict=True)
-    )
+    emit_placeholders(flat.graph, layers)
+    model = trace_onnx(flat, options.opset)
+    regions = find_regions(model.graph)
+    expert_ids = [input_of(region.dispatch, 1) for region in regions]
+    exports = _choose_all(layers, regions, options)
+    for region, export in zip(regions, exports, strict=True):
+        lower_layer(region, export.lowering)
+    lower_placeholders(model)
     in_file = [
         FileLayer(export.name, export.lowering, export.reason, str(ids.name))
         for export, ids in zip(exports, expert_ids, strict=True)
     ]
-    return _labelled(model, metadata(target, in_file)), exports
+    return _labelled(model, metadata(options.target, in_file)), exports
 
 
-def _choose(layer: Layer, target: Target, lowering: str, runtime: Version | None) -> tuple[Lowering, str]:
-    if lowering == "auto":
-        return choose_lowering(layer.facts, target, runtime)
-    refused = why_not_moe_op(layer.facts, target, runtime) if lowering == "moe_op" else None
-    if refused is not None:
-        raise ExportError(
-            f'{layer.name} cannot become a com.microsoft.MoE node: {refused}. Use lowering="auto" or "sorted_split"'
-        )
-    return cast(Lowering, lowering), "as asked"
+def _choose_all(layers: Sequence[Layer], regions: Sequence[ExpertRegion], options: _Choice) -> tuple[LayerExport, ...]:
+    """Layers with equal facts get the same lowering, and are measured once."""
+    known: dict[LayerFacts, LayerExport] = {}
+    for layer, region in zip(layers, regions, strict=True):
+        if layer.facts not in known:
+            known[layer.facts] = _choose(layer, region, options)
+    return tuple(dataclasses.replace(known[layer.facts], name=layer.name) for layer in layers)
+
+
+def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport:
+    facts, runtime = layer.facts, runtime_version()
+    if options.lowering != "auto":
+        refused = why_not(options.lowering, facts, options.target, runtime)
+        if refused is not None:
+            raise ExportError(
+                f'{layer.name} cannot be lowered as "{options.lowering}": {refused}. Use lowering="auto" or '
+                '"sorted_split"'
+            )
+        return LayerExport(layer.name, options.lowering, "as asked")
+    refused = refusals(facts, options.target, runtime)
+
+    def measure(lowerings: Sequence[Lowering]) -> Sequence[Sequence[float] | None]:
+        return measure_lowerings(region, options.opset, lowerings, options.tokens)
+
+    chosen = choose_lowering(refused, facts, options.target, options.tokens, measure if options.measure else None)
+    return LayerExport(layer.name, *chosen)
 
 
 def _export_dense(dense: nn.Module, sparse: SparseModel, path: Path, opset: int, verify: bool) -> None:

@@ -21,7 +21,7 @@ from sparsify.sparse_model import SparseModel
 if TYPE_CHECKING:
     from sparsify.models.dense_model import DenseModel
     from sparsify.passes.export_onnx import ExportReport
-    from sparsify.passes.lower_onnx.choose_lowering import Target
+    from sparsify.passes.lower_onnx.lowerings import Target
 
 
 def load_model(spec: str, calibration: Path | None, stages: Stages) -> DenseModel:

@@ -8,6 +8,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -45,7 +46,7 @@ REPORT = Report(
     metric=MetricReport("accuracy", True, 0.9, 0.89),
 )
 EXPORT = ExportReport(
-    Path("model.onnx"), "ort-cpu", 20, (LayerExport("layers.0", "moe_op", "exact"),), None, 1000, None
+    Path("model.onnx"), "ort-cpu", (1,), 20, (LayerExport("layers.0", "moe_op", "exact"),), None, 1000, None
 )
 BENCH = BenchReport(Machine("A CPU", 2, 2, "2.14", "1.31"), (Timing("pytorch", {"batch": 8}, (2.0,), (1.0,)),))
 
@@ -117,7 +118,7 @@ def test_every_string_is_escaped(tmp_path):
     path = tmp_path / "r.html"
     ffns = (dataclasses.replace(FFN, name=evil, reason=evil, activation=evil), dataclasses.replace(LEFT, reason=evil))
     report = dataclasses.replace(REPORT, ffns=ffns, notes=(evil,), metric=MetricReport(evil, True, 1, 1))
-    export = dataclasses.replace(EXPORT, path=Path(evil), layers=(LayerExport(evil, evil, evil),))
+    export = dataclasses.replace(EXPORT, path=Path(evil), layers=(LayerExport(evil, cast(Any, evil), evil),))
     bench = BenchReport(dataclasses.replace(BENCH.machine, cpu=evil), (Timing(evil, {evil: 1}, (1.0,), (1.0,)),))
     page = written(path, report, path, export, bench)
     assert "<script" not in path.read_text(encoding="utf-8")

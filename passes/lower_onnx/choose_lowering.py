@@ -1,49 +1,114 @@
-"""Which lowering a layer gets: `moe_op` (one `com.microsoft::MoE` node) or `sorted_split` (standard ops, always exact).
+"""Which lowering a layer gets: the fastest of those that are exact, at the token counts that the file is meant for.
 
-The rules are measured (onnxruntime 1.23 to 1.32 on the CPU) or read in its source (CUDA).
+`expert_chain` and `sorted_split` compute the chosen experts alone, in standard operators; `dense_masked` computes all
+of them, which is faster where they are small; `moe_op` is one `com.microsoft::MoE` node. Where the op is exact is
+measured (onnxruntime 1.23 to 1.32 on the CPU) or read in its source (CUDA).
 """
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast, get_args
 
 import torch
 
 from sparsify.passes.find_layers import LayerFacts
+from sparsify.passes.lower_onnx.costs import predict_seconds
+from sparsify.passes.lower_onnx.lowerings import Lowering, Target, Version
 
-Target = Literal["ort-cpu", "ort-cuda", "portable"]
-Lowering = Literal["sorted_split", "moe_op"]
-Version = tuple[int, ...]
+# One token at a time, a few, and a batch of sequences.
+DEFAULT_TOKENS = (1, 32, 512)
 
 # Assumed when onnxruntime is not installed: the oldest release that the package supports.
 _OLDEST = (1, 24)
 _MOE_ACTIVATIONS = {"relu": "relu", "silu": "silu", "identity": "identity", "gelu_tanh": "gelu"}
-# Below these sizes, and above this number of experts, the per-expert nodes of the split cost more than they save.
-_SMALL_EXPERT = 48
-_MANY_EXPERTS = 64
 
 
-def choose_lowering(facts: LayerFacts, target: Target, runtime: Version | None) -> tuple[Lowering, str]:
-    """Choose the faster of the lowerings that are exact.
+@dataclass(frozen=True)
+class LoweringTime:
+    """Seconds of one layer with one lowering, at each of the stated token counts.
+
+    Attributes:
+        lowering: its name.
+        predicted: by the cost model.
+        measured: in onnxruntime on this machine; None if it was not asked for, or the layer cannot be run alone.
+    """
+
+    lowering: Lowering
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...] | None = None
+
+    @property
+    def score(self) -> float:
+        """What is compared: the geometric mean over the token counts, of the measured times where there are any."""
+        times = self.measured or self.predicted
+        return math.exp(sum(map(math.log, times)) / len(times))
+
+    def __str__(self) -> str:
+        times = "/".join(f"{seconds * 1e3:.3g}" for seconds in self.measured or self.predicted)
+        return f"{self.lowering} {times} ms {'measured' if self.measured else 'predicted'}"
+
+
+def refusals(facts: LayerFacts, target: Target, runtime: Version | None) -> dict[Lowering, str | None]:
+    """Every lowering, and why it would not compute what the model computes; None for those that are exact.
 
     Args:
         facts: of the layer.
         target: what will run the file.
         runtime: the version of onnxruntime, e.g. `(1, 31, 1)`; None if it is not known.
+    """
+    names = cast(tuple[Lowering, ...], get_args(Lowering))
+    return {name: why_not(name, facts, target, runtime) for name in names}
+
+
+def choose_lowering(
+    refused: Mapping[Lowering, str | None],
+    facts: LayerFacts,
+    target: Target,
+    tokens: Sequence[int],
+    measure: Callable[[Sequence[Lowering]], Sequence[Sequence[float] | None]] | None = None,
+) -> tuple[Lowering, str, tuple[LoweringTime, ...]]:
+    """Choose the fastest of the exact ones.
+
+    Args:
+        refused: from `refusals`.
+        facts: of the layer.
+        target: what will run the file.
+        tokens: the token counts that count, equally.
+        measure: times lowerings, at `tokens`; None to trust the cost model.
 
     Returns:
-        The lowering, and why.
+        The lowering, why, and the times; none for CUDA, of which nothing was measured.
     """
-    if target == "portable":
-        return "sorted_split", "standard ops only"
-    reason = why_not_moe_op(facts, target, runtime)
-    if reason is not None:
-        return "sorted_split", f"com.microsoft.MoE does not fit: {reason}"
+    lowerings: list[Lowering] = [name for name, reason in refused.items() if reason is None]
     if target == "ort-cuda":
-        return "moe_op", "one node, without host synchronisation"
-    if facts.expert_size < _SMALL_EXPERT or facts.num_experts > _MANY_EXPERTS:
-        return "moe_op", f"{facts.num_experts} experts of {facts.expert_size} neurons are too small to split"
-    return "sorted_split", "faster than com.microsoft.MoE on the CPU at this size"
+        if "moe_op" in lowerings:
+            return "moe_op", "one node, without host synchronisation", ()
+        return "sorted_split", f"com.microsoft.MoE does not fit: {refused['moe_op']}; this waits for the GPU", ()
+    predicted = [tuple(predict_seconds(name, facts, count) for count in tokens) for name in lowerings]
+    measured = [None if each is None else tuple(each) for each in measure(lowerings)] if measure else None
+    found = measured or [None] * len(lowerings)
+    times = tuple(LoweringTime(*each) for each in zip(lowerings, predicted, found, strict=True))
+    best = min(times, key=lambda time: time.score)
+    return best.lowering, _reason(best, refused, tokens), times
+
+
+def _reason(best: LoweringTime, refused: Mapping[Lowering, str | None], tokens: Sequence[int]) -> str:
+    others = {reason: name for name, reason in refused.items() if reason is not None}  # one is enough of equal reasons
+    excluded = "".join(f"; {name} does not fit: {reason}" for reason, name in others.items())
+    at = f"at {', '.join(map(str, tokens))} tokens, as {'measured' if best.measured else 'predicted'}"
+    if best.lowering == "dense_masked":
+        return f"all experts at once are faster than the chosen ones {at}{excluded}"
+    return f"the fastest {at}{excluded}"
+
+
+def why_not(lowering: Lowering, facts: LayerFacts, target: Target, runtime: Version | None) -> str | None:
+    """Say why a lowering would be wrong or would not load for a layer; None if it is right."""
+    if lowering == "moe_op":
+        return why_not_moe_op(facts, target, runtime)
+    return None if lowering == "sorted_split" else facts.irregular
 
 
 def why_not_moe_op(facts: LayerFacts, target: Target, runtime: Version | None) -> str | None:
@@ -69,13 +134,15 @@ def moe_activation(activation: str, gated: bool) -> str | None:
     return _MOE_ACTIVATIONS.get(activation)
 
 
-def check_options(target: str, lowering: str) -> None:
-    """Raise `ValueError` for an unknown target or lowering."""
+def check_options(target: str, lowering: str, tokens: Sequence[int]) -> None:
+    """Raise `ValueError` for an unknown target or lowering, or token counts that are none."""
     if target not in get_args(Target):
         raise ValueError(f"target must be one of {', '.join(get_args(Target))}, got {target!r}")
     allowed = ("auto", *cast(tuple[str, ...], get_args(Lowering)))
     if lowering not in allowed:
         raise ValueError(f"lowering must be one of {', '.join(allowed)}, got {lowering!r}")
+    if not tokens or any(isinstance(count, bool) or count < 1 for count in tokens):
+        raise ValueError(f"target_tokens must be numbers of tokens of 1 and more, such as (1, 128), got {tokens!r}")
 
 
 def _activation_reason(facts: LayerFacts) -> str:

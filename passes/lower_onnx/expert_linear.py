@@ -34,18 +34,22 @@ def lower_expert_linear(node: ir.Node, tape: Tape) -> tuple[ir.Value]:
     parts = tape.op_multi_out("Split", [rows, tokens_per_expert], {"axis": 0}, num_outputs=num_parts)
     weights = experts_of(tape, weight, graph)
     biases = experts_of(tape, bias, graph) if bias is not None else [None] * len(weights)
-    outputs = [_gemm(tape, *inputs) for inputs in zip(parts, weights, biases, strict=False)]  # [tokens of e, N] each
+    outputs = [
+        lower_gemm(tape, *inputs) for inputs in zip(parts, weights, biases, strict=False)
+    ]  # [tokens of e, N] each
     if num_parts > len(weights):
-        outputs.append(_zeros(tape, parts[-1], stored(weight).shape[1], dtype_of(weight)))
+        outputs.append(zero_rows(tape, parts[-1], stored(weight).shape[1], dtype_of(weight)))
     return (tape.op("Concat", outputs, {"axis": 0}),)
 
 
-def _gemm(tape: Tape, rows: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+def lower_gemm(tape: Tape, rows: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """`rows` `[R, M]` times `weight` `[N, M]`, which is read as `nn.Linear` has it."""
     inputs = [rows, weight] if bias is None else [rows, weight, bias]
     return tape.op("Gemm", inputs, {"transB": 1})
 
 
-def _zeros(tape: Tape, rows: ir.Value, features: int, dtype: ir.DataType) -> ir.Value:
+def zero_rows(tape: Tape, rows: ir.Value, features: int, dtype: ir.DataType) -> ir.Value:
+    """As many rows of zeros as `rows` has entries."""
     count = tape.op("Shape", [rows], {"start": 0, "end": 1})
     shape = tape.op("Concat", [count, constant(tape, [features])], {"axis": 0})
     return filled(tape, shape, 0, dtype)

@@ -10,43 +10,52 @@ from onnx_ir.tape import Tape
 
 from sparsify.passes.lower_onnx import moe_op
 from sparsify.passes.lower_onnx.combine import lower_combine
+from sparsify.passes.lower_onnx.dense_masked import lower_dense_masked
 from sparsify.passes.lower_onnx.dispatch import lower_dispatch
-from sparsify.passes.lower_onnx.emit_placeholders import DOMAIN
+from sparsify.passes.lower_onnx.expert_chain import lower_expert_chain
 from sparsify.passes.lower_onnx.expert_linear import lower_expert_linear
-from sparsify.passes.lower_onnx.moe_op import lower_moe_op
+from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion
+from sparsify.passes.lower_onnx.lowerings import Lowering
+from sparsify.passes.lower_onnx.moe_op import lower_moe_layer, lower_moe_op
 
-_LOWERINGS: dict[str, Callable[[ir.Node, Tape], Sequence[ir.Value]]] = {
+_PLACEHOLDERS: dict[str, Callable[[ir.Node, Tape], Sequence[ir.Value]]] = {
     "Dispatch": lower_dispatch,
     "ExpertLinear": lower_expert_linear,
     "Combine": lower_combine,
     "MoE": lower_moe_op,
 }
+_LAYERS: dict[Lowering, Callable[[ExpertRegion], None]] = {
+    "expert_chain": lower_expert_chain,
+    "dense_masked": lower_dense_masked,
+    "moe_op": lower_moe_layer,
+}
 
 
-def lower_placeholders(model: ir.Model) -> list[ir.Value]:
-    """Lower every placeholder, in place, and drop what nothing reads any more.
+def lower_layer(region: ExpertRegion, lowering: Lowering) -> None:
+    """Replace the placeholders of a layer that are lowered together; "sorted_split" lowers each by itself."""
+    lower = _LAYERS.get(lowering)
+    if lower is not None:
+        lower(region)
+
+
+def lower_placeholders(model: ir.Model) -> None:
+    """Lower every placeholder that is left, in place, and drop what nothing reads any more.
 
     Args:
         model: from `torch.onnx.export` of a graph with placeholders (see `emit_placeholders`).
-
-    Returns:
-        The expert ids `[T, K]` of every layer, in the order of the graph. Names are final.
     """
-    placeholders = [node for node in model.graph if node.domain == DOMAIN]
-    expert_ids = [ids for node in placeholders if node.op_type in ("Dispatch", "MoE") and (ids := node.inputs[1])]
-    for node in placeholders:
+    for node in [node for node in model.graph if node.domain == DOMAIN]:
         _lower(model.graph, node)
     model.opset_imports.pop(DOMAIN, None)
     if any(node.domain == moe_op.DOMAIN for node in model.graph):
         model.opset_imports[moe_op.DOMAIN] = 1
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)
-    return expert_ids
 
 
 def _lower(graph: ir.Graph, node: ir.Node) -> None:
     tape = Tape()
-    outputs = _LOWERINGS[node.op_type](node, tape)
+    outputs = _PLACEHOLDERS[node.op_type](node, tape)
     for initializer in tape.initializers:
         graph.initializers[str(initializer.name)] = initializer
     graph.insert_before(node, tape.nodes)

@@ -1,4 +1,4 @@
-"""`sparsify::MoE` -> `com.microsoft::MoE`, with router_probs from which the op reproduces given ids and weights.
+"""A whole layer -> one `com.microsoft::MoE`, with router_probs from which the op reproduces given ids and weights.
 
 The op takes the softmax of router_probs and keeps the K largest. With `log g` at the chosen experts, -inf elsewhere and
 normalisation it weighs them by `g / sum(g)`; the product with `sum(g)` then gives the wanted weights g. For g = 1 that
@@ -13,16 +13,36 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from sparsify.passes.lower_onnx.expert_region import ExpertRegion, is_linear
 from sparsify.passes.lower_onnx.values import constant, dtype_of, filled, input_of, optional_input, packed, stored
 
 DOMAIN = "com.microsoft"
+
+
+def lower_moe_layer(region: ExpertRegion) -> None:
+    """Replace all nodes of the layer, in place, by a `sparsify::MoE`, which `lower_moe_op` takes.
+
+    Args:
+        region: a layer for which `why_not_moe_op` knows no reason.
+    """
+    dispatch, combine = region.dispatch, region.combine
+    linears = sorted(filter(is_linear, region.inner), key=lambda node: node.attributes["gate"].as_int())
+    weights = [optional_input(node, i) for node in (region.down, *linears) for i in (1, 2)]
+    settings = {name: dispatch.attributes[name] for name in ("num_experts", "top_k", "activation")}
+    settings["unit_weights"] = combine.attributes["unit_weights"]
+    tape = Tape()
+    inputs = [*dispatch.inputs[:2], combine.inputs[1], *weights]
+    y = tape.op("MoE", inputs, settings, domain=region.dispatch.domain, version=1)
+    region.replace(tape, {combine.outputs[0]: y})
 
 
 def lower_moe_op(node: ir.Node, tape: Tape) -> tuple[ir.Value]:
     """Build the nodes that replace a placeholder.
 
     Args:
-        node: `sparsify::MoE`. Routing weights must be positive and ids not -1; `choose_lowering` sees to it.
+        node: `sparsify::MoE(x [T, D], expert_ids [T, K], routing_weights [T, K], down_proj [E, D, M], down_bias [E, D]
+            or none, up_proj [E, M, D], up_bias [E, M] or none[, gate_proj, gate_bias])`. Routing weights must be
+            positive and ids not -1; `why_not_moe_op` sees to it.
         tape: takes the new nodes and initializers.
 
     Returns:

@@ -34,13 +34,14 @@ def require_runtime() -> None:
         )
 
 
-def open_session(model: Path | bytes, folder: Path, cuda: bool) -> tuple[Session, float]:
+def open_session(model: Path | bytes, folder: Path, cuda: bool, spinning: bool = False) -> tuple[Session, float]:
     """Load a model; delete the session before another is opened, as idle ones take processor time.
 
     Args:
         model: a file, or its bytes.
         folder: where external data lies.
         cuda: run on the GPU, in full fp32 precision.
+        spinning: let idle threads wait busily, as by default in onnxruntime: faster, and what times are taken with.
 
     Returns:
         The session, and the seconds that it took to load.
@@ -52,7 +53,7 @@ def open_session(model: Path | bytes, folder: Path, cuda: bool) -> tuple[Session
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     gpu = [("CUDAExecutionProvider", {"use_tf32": "0"})] if cuda else []

@@ -36,8 +36,12 @@ def stored(value: ir.Value) -> np.ndarray:
 
 def experts_of(tape: Tape, stacked: ir.Value, graph: ir.Graph) -> list[ir.Value]:
     """One initializer an expert, each a slice of the stacked `[E, ...]`; sites that share a weight share them too."""
-    array = stored(stacked)
-    return [_initializer(tape, graph, f"{stacked.name}.{e}", array[e], dtype_of(stacked)) for e in range(len(array))]
+    return [expert_of(tape, stacked, graph, e) for e in range(len(stored(stacked)))]
+
+
+def expert_of(tape: Tape, stacked: ir.Value, graph: ir.Graph, expert: int) -> ir.Value:
+    """One of `experts_of`."""
+    return _initializer(tape, graph, f"{stacked.name}.{expert}", stored(stacked)[expert], dtype_of(stacked))
 
 
 def packed(tape: Tape, graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:

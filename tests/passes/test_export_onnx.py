@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsify.errors import ExportError, OutputError, VerificationError
 from sparsify.passes import export_onnx as stage
 from sparsify.passes.export_onnx import export_onnx
-from sparsify.passes.lower_onnx.choose_lowering import Target
+from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 from sparsify.sparse_model import SparseModel
 
 Make = Callable[..., SparseModel]
@@ -38,17 +38,18 @@ def _axes(values: Any) -> dict[str, list[str | int]]:
     ("options", "target", "lowering"),
     [
         ({"activation": F.silu, "gated": True, "bias": False, "top_k": 1}, "ort-cpu", "moe_op"),
-        ({"activation": F.gelu, "shared": 8, "top_k": 4}, "portable", "sorted_split"),
+        ({"activation": F.gelu, "shared": 8, "top_k": 4}, "portable", "dense_masked"),
+        ({"activation": F.gelu}, "portable", "expert_chain"),
     ],
 )
 def test_writes_a_file_that_equals_the_model(
-    sparse_transformer: Make, tmp_path: Path, options: dict, target: Target, lowering: str
+    sparse_transformer: Make, tmp_path: Path, options: dict, target: Target, lowering: Lowering
 ) -> None:
     """The promise of the file: right at other shapes, small, readable, and of the allowed domains only."""
     sparse = sparse_transformer(**options)
     before = str(sparse.graph)
     path = tmp_path / "new" / "model.onnx"
-    report = export_onnx(sparse, path, target=target)
+    report = export_onnx(sparse, path, target=target, lowering="auto" if lowering == "dense_masked" else lowering)
 
     assert [layer.name for layer in report.layers] == ["layers.0", "layers.1"]
     assert {layer.lowering for layer in report.layers} == {lowering}
@@ -74,6 +75,18 @@ def test_writes_a_file_that_equals_the_model(
     assert str(sparse.graph) == before
     assert json.loads(json.dumps(report.to_json()))["layers"][1]["lowering"] == lowering
     assert f"layers.1: {lowering} (" in str(report)
+
+
+def test_measures_when_asked(sparse_transformer: Make, tmp_path: Path) -> None:
+    """Protects: the winner of the measurement is written, and every time is in the report, printed and as JSON."""
+    report = export_onnx(sparse_transformer(), tmp_path / "model.onnx", target_tokens=(3, 17), measure=True)
+    for layer in report.layers:
+        measured = {time.lowering: time for time in layer.times if time.measured}
+        assert set(measured) == {"expert_chain", "sorted_split", "dense_masked", "moe_op"}
+        assert layer.lowering == min(measured.values(), key=lambda time: time.score).lowering
+    assert "at 3, 17 tokens, as measured" in str(report)
+    assert str(report).count("ms measured") == 8
+    assert len(json.loads(json.dumps(report.to_json()))["layers"][0]["times"][0]["measured"]) == 2
 
 
 def test_handles_a_router_of_its_own(sparse_layer: Make, skipping_router: Any, tmp_path: Path) -> None:
@@ -117,7 +130,7 @@ def test_writes_the_dense_model_beside_it(sparse_layer: Make, tmp_path: Path) ->
 
 def test_refuses_moe_op_where_it_is_wrong(sparse_transformer: Make, tmp_path: Path) -> None:
     """The user who insists learns the layer and the reason, and gets no inexact file."""
-    with pytest.raises(ExportError, match=r"layers\.0 cannot become a com\.microsoft\.MoE node: its GELU"):
+    with pytest.raises(ExportError, match=r'layers\.0 cannot be lowered as "moe_op": its GELU'):
         export_onnx(sparse_transformer(activation=F.gelu), tmp_path / "model.onnx", lowering="moe_op")
     assert os.listdir(tmp_path) == []
 
@@ -128,11 +141,10 @@ def test_keeps_no_file_that_is_wrong(sparse_layer: Make, tmp_path: Path, monkeyp
     path.write_bytes(b"old")
     lower = stage.lower_placeholders
 
-    def lower_wrongly(model: onnx_ir.Model) -> list[onnx_ir.Value]:
-        ids = lower(model)
+    def lower_wrongly(model: onnx_ir.Model) -> None:
+        lower(model)
         first = next(node for node in model.graph if node.op_type == "Gemm" and "experts" in str(node.inputs[1]))
         first.attributes["alpha"] = onnx_ir.AttrFloat32("alpha", 1.01)
-        return ids
 
     monkeypatch.setattr(stage, "lower_placeholders", lower_wrongly)
     with pytest.raises(VerificationError, match="output output differs by"):

@@ -8,14 +8,21 @@ import pytest
 import torch
 
 from sparsify.passes.find_layers import LayerFacts
-from sparsify.passes.lower_onnx.choose_lowering import Target, check_options, choose_lowering, why_not_moe_op
+from sparsify.passes.lower_onnx.choose_lowering import (
+    DEFAULT_TOKENS,
+    check_options,
+    choose_lowering,
+    refusals,
+    why_not_moe_op,
+)
+from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 
 FACTS = LayerFacts(
     num_experts=16,
     top_k=4,
-    hidden_size=64,
-    output_size=64,
-    expert_size=48,
+    hidden_size=768,
+    output_size=768,
+    expert_size=192,
     dtype=torch.float32,
     activation="relu",
     gated=False,
@@ -26,23 +33,44 @@ NOW = (1, 31, 1)
 
 
 @pytest.mark.parametrize(
-    ("change", "target", "lowering"),
+    ("change", "target", "tokens", "lowering"),
     [
-        ({}, "ort-cpu", "sorted_split"),
-        ({"expert_size": 47}, "ort-cpu", "moe_op"),
-        ({"num_experts": 64}, "ort-cpu", "sorted_split"),
-        ({"num_experts": 65}, "ort-cpu", "moe_op"),
-        ({"expert_size": 47, "activation": "gelu"}, "ort-cpu", "sorted_split"),
-        ({"expert_size": 1, "num_experts": 999}, "portable", "sorted_split"),
-        ({}, "ort-cuda", "moe_op"),
-        ({"activation": "gelu"}, "ort-cuda", "sorted_split"),
+        ({}, "ort-cpu", (16,), "expert_chain"),
+        ({}, "ort-cpu", (512,), "expert_chain"),
+        ({"hidden_size": 64, "output_size": 64, "expert_size": 8}, "ort-cpu", (4,), "moe_op"),
+        ({"hidden_size": 64, "output_size": 64, "expert_size": 8}, "portable", (4,), "dense_masked"),
+        ({"num_experts": 256, "expert_size": 12, "top_k": 32}, "portable", (16,), "dense_masked"),
+        ({"top_k": 16}, "portable", (1, 64), "dense_masked"),
+        ({"irregular": "it regroups tokens"}, "ort-cpu", (4,), "sorted_split"),
+        ({}, "ort-cuda", (4,), "moe_op"),
+        ({"activation": "gelu"}, "ort-cuda", (4,), "sorted_split"),
     ],
 )
-def test_auto_takes_the_faster_exact_lowering(change: dict, target: Target, lowering: str) -> None:
-    """Each rule decides at its boundary."""
-    chosen, reason = choose_lowering(replace(FACTS, **change), target, NOW)
+def test_takes_the_fastest_exact_lowering(change: dict, target: Target, tokens: tuple, lowering: str) -> None:
+    """Protects: large experts are skipped, small ones computed together, and what the user states decides."""
+    facts = replace(FACTS, **change)
+    chosen, reason, _ = choose_lowering(refusals(facts, target, NOW), facts, target, tokens)
     assert chosen == lowering
     assert reason
+
+
+def test_measured_times_beat_predicted_ones() -> None:
+    """Protects: `measure=True` keeps the winner of the measurement, and both times are in the report."""
+    times: dict[Lowering, float] = {"expert_chain": 3.0, "sorted_split": 1.0, "dense_masked": 2.0}
+
+    def measure(lowerings):
+        return [(times[name], times[name]) for name in lowerings]
+
+    refused = refusals(FACTS, "portable", NOW)
+    chosen, reason, considered = choose_lowering(refused, FACTS, "portable", (16, 64), measure)
+    assert chosen == "sorted_split"
+    assert reason == (
+        "the fastest at 16, 64 tokens, as measured; moe_op does not fit: the target portable allows standard ops only"
+    )
+    assert {str(time).split(" ", 1)[1] for time in considered} == {
+        "3e+03/3e+03 ms measured", "1e+03/1e+03 ms measured", "2e+03/2e+03 ms measured"
+    }  # fmt: skip
+    assert all(time.predicted[0] < time.predicted[1] < 1 for time in considered)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +82,13 @@ def test_auto_takes_the_faster_exact_lowering(change: dict, target: Target, lowe
         ({"activation": "gelu_tanh", "gated": True}, "ort-cpu", NOW, "no gated activation gelu_tanh"),
         ({"plain_router": False}, "ort-cpu", NOW, "its router may leave slots unused"),
         ({"irregular": "its activation regroups tokens"}, "ort-cpu", NOW, "its activation regroups tokens"),
-        ({"output_size": 63}, "ort-cpu", NOW, "not 63 for 64"),
+        ({"output_size": 63}, "ort-cpu", NOW, "not 63 for 768"),
         ({}, "portable", NOW, "standard ops only"),
         ({"dtype": torch.float16}, "ort-cpu", NOW, "garbage before onnxruntime 1.32"),
         ({"dtype": torch.bfloat16}, "ort-cpu", (1, 32), "no CPU kernel for bfloat16"),
         ({"dtype": torch.float64}, "ort-cpu", NOW, "no CPU kernel for float64"),
         ({"dtype": torch.float64}, "ort-cuda", NOW, "no CUDA kernel for float64"),
-        ({"hidden_size": 62, "output_size": 62}, "ort-cuda", NOW, "multiples of 4, not 62 and 48"),
+        ({"hidden_size": 62, "output_size": 62}, "ort-cuda", NOW, "multiples of 4, not 62 and 192"),
         ({"dtype": torch.float16, "expert_size": 20}, "ort-cuda", NOW, "multiples of 8"),
         ({"expert_size": 12}, "ort-cuda", NOW, "at least 16"),
         ({"activation": "silu", "gated": True}, "ort-cuda", (1, 27), "ignores the constants"),
@@ -72,7 +100,7 @@ def test_refuses_the_op_where_it_is_wrong(change: dict, target: Target, runtime:
     refused = why_not_moe_op(replace(FACTS, **change), target, runtime)
     assert refused is not None
     assert reason in refused
-    assert choose_lowering(replace(FACTS, **change), target, runtime)[0] == "sorted_split"
+    assert refusals(replace(FACTS, **change), target, runtime)["moe_op"] == refused
 
 
 @pytest.mark.parametrize(
@@ -94,6 +122,13 @@ def test_accepts_the_op_where_it_is_exact(change: dict, target: Target, runtime:
 def test_unknown_options_are_named() -> None:
     """The message holds what was given and what is allowed."""
     with pytest.raises(ValueError, match="target must be one of ort-cpu, ort-cuda, portable, got 'tpu'"):
-        check_options("tpu", "auto")
-    with pytest.raises(ValueError, match="lowering must be one of auto, sorted_split, moe_op, got 'loop'"):
-        check_options("portable", "loop")
+        check_options("tpu", "auto", DEFAULT_TOKENS)
+    with pytest.raises(ValueError, match=r"lowering must be one of auto, expert_chain, .*, moe_op, got 'loop'"):
+        check_options("portable", "loop", DEFAULT_TOKENS)
+
+
+@pytest.mark.parametrize("tokens", [(), (0,), (True,), (16, -1)])
+def test_token_counts_are_counts(tokens: tuple) -> None:
+    """Protects: a cost at no tokens would choose by nothing."""
+    with pytest.raises(ValueError, match=r"target_tokens must be numbers of tokens of 1 and more"):
+        check_options("portable", "auto", tokens)

@@ -1,0 +1,80 @@
+"""How long a layer takes in onnxruntime on the CPU, lowering by lowering: a model of a few measured constants.
+
+It ranks lowerings; `measure=True` times them.
+"""
+
+from __future__ import annotations
+
+from sparsify.passes.find_layers import LayerFacts
+from sparsify.passes.lower_onnx.lowerings import Lowering
+
+# Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, D=768 F=3072.
+_FLOPS = 1.9e11  # a second, in Gemm
+_READ = 9.5e10  # bytes a second of packed weights
+_MOE_FLOPS = 1.2e11  # a second, in com.microsoft.MoE
+_PACK = 1.3e10  # bytes a second of weights, which that op packs in every call of more than one token
+_READ_PLAIN = 7e10  # the same with one token
+_COPY = 2e10  # bytes a second of rows, read and written
+_NODE = 0.8e-6  # seconds, whatever it computes
+_GEMM = 2e-6
+_SORT_NODES, _MASK_NODES, _MOE_NODES = 15, 9, 7
+
+
+def predict_seconds(lowering: Lowering, facts: LayerFacts, tokens: int) -> float:
+    """The time of one call of the experts of a layer, without their router.
+
+    Args:
+        lowering: how it is written.
+        facts: of the layer.
+        tokens: T, at least 1.
+    """
+    if lowering == "dense_masked":
+        return _dense(facts, tokens)
+    if lowering == "moe_op":
+        return _moe(facts, tokens)
+    rows = tokens * facts.top_k
+    hit = _experts_hit(facts, tokens)
+    products = hit * _products(facts, rows / hit, facts.expert_size)
+    features = rows * facts.dtype.itemsize * (facts.hidden_size + 3 * facts.output_size)
+    if lowering == "expert_chain":
+        nodes = _SORT_NODES + facts.num_experts * (_projections(facts) + 3)
+        return products + 2 * features / _COPY + nodes * _NODE
+    hidden = rows * facts.dtype.itemsize * facts.expert_size * (1 + _projections(facts))
+    features += rows * facts.dtype.itemsize * facts.hidden_size
+    nodes = _SORT_NODES + facts.num_experts * (_projections(facts) + 1)
+    return products + 2 * (features + hidden) / _COPY + nodes * _NODE
+
+
+def _dense(facts: LayerFacts, tokens: int) -> float:
+    neurons = facts.num_experts * facts.expert_size
+    masked = 2 * tokens * neurons * facts.dtype.itemsize / _COPY
+    return _products(facts, tokens, neurons) + masked + _MASK_NODES * _NODE
+
+
+def _moe(facts: LayerFacts, tokens: int) -> float:
+    rows = tokens * facts.top_k
+    hit = _experts_hit(facts, tokens)
+    weights = hit * _weight_bytes(facts, facts.expert_size)
+    read = weights / (_READ_PLAIN if tokens == 1 else _PACK)
+    flops = 2 * rows * _weight_bytes(facts, facts.expert_size) / facts.dtype.itemsize
+    return read + flops / _MOE_FLOPS + _MOE_NODES * _NODE
+
+
+def _products(facts: LayerFacts, rows: float, neurons: int) -> float:
+    """All Gemms of one FFN of so many neurons: bound by reading its weights, or by computing."""
+    weights = _weight_bytes(facts, neurons)
+    flops = 2 * rows * weights / facts.dtype.itemsize
+    return max(weights / _READ, flops / _FLOPS) + _GEMM * (_projections(facts) + 1)
+
+
+def _weight_bytes(facts: LayerFacts, neurons: int) -> int:
+    return neurons * (facts.hidden_size * _projections(facts) + facts.output_size) * facts.dtype.itemsize
+
+
+def _projections(facts: LayerFacts) -> int:
+    return 2 if facts.gated else 1
+
+
+def _experts_hit(facts: LayerFacts, tokens: int) -> float:
+    """Expected, if tokens choose independently and evenly."""
+    return facts.num_experts * (1 - (1 - facts.top_k / facts.num_experts) ** tokens)

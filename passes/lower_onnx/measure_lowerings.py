@@ -1,0 +1,121 @@
+"""Time one layer of an exported graph in onnxruntime, alone, with each of several lowerings.
+
+One session lives at a time, as the threads of an idle one take processor time; lowerings take turns. T tokens, K slots.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion, find_regions, is_linear
+from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
+from sparsify.passes.lower_onnx.lowerings import Lowering
+from sparsify.passes.lower_onnx.runtime import open_session
+from sparsify.passes.lower_onnx.values import dtype_of, input_of, stored
+
+_ROUNDS = 3
+_RUNS = 5
+_SECONDS = 0.05  # of one lowering, in one round, at one number of tokens
+
+
+def measure_lowerings(
+    region: ExpertRegion, opset: int, lowerings: Sequence[Lowering], tokens: Sequence[int]
+) -> list[tuple[float, ...] | None]:
+    """Time a layer; its placeholders stay as they are.
+
+    Args:
+        region: the layer, with its weights.
+        opset: the version of the standard operators.
+        lowerings: to be timed.
+        tokens: token counts.
+
+    Returns:
+        Per lowering the median seconds of a call at every number of tokens; None for a layer that reads values which
+        the rest of the model computes.
+    """
+    if any(value.const_value is None for value in _read_values(region)):
+        return [None] * len(lowerings)
+    files = [_layer_model(region, opset, lowering) for lowering in lowerings]
+    feeds = [[_random_inputs(region, count, seed) for seed in range(4)] for count in tokens]
+    rounds = [[_time(file, feeds) for file in files] for _ in range(_ROUNDS)]
+    return [
+        tuple(statistics.median(turn[i][j] for turn in rounds) for j in range(len(tokens))) for i in range(len(files))
+    ]
+
+
+def _read_values(region: ExpertRegion) -> list[ir.Value]:
+    """What the nodes of the layer read and do not compute: weights and constants, if it can be run alone."""
+    nodes = (*region.inner, region.down)
+    computed = {output for node in (region.dispatch, *nodes) for output in node.outputs}
+    return [value for node in nodes for value in node.inputs if value is not None and value not in computed]
+
+
+def _layer_model(region: ExpertRegion, opset: int, lowering: Lowering) -> bytes:
+    ids, weights = input_of(region.dispatch, 1), input_of(region.combine, 1)
+    inputs = [input_of(region.dispatch, 0), ids, weights]
+    copies = {
+        value: ir.Value(name=name, type=value.type, shape=ir.Shape(["tokens", size]))
+        for value, name, size in zip(inputs, ("x", "ids", "weights"), _widths(region), strict=True)
+    }
+    for value in _read_values(region):
+        tensor = value.const_value
+        copies.setdefault(value, ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=tensor))
+    nodes = [_copy(node, copies) for node in (region.dispatch, *region.inner, region.down, region.combine)]
+    y = copies[region.combine.outputs[0]]
+    graph_inputs = [copies[value] for value in inputs]
+    stored = [value for value in copies.values() if value.const_value is not None]
+    imports = {"": opset, DOMAIN: 1}
+    graph = ir.Graph(graph_inputs, [y], nodes=nodes, initializers=stored, opset_imports=imports, name="layer")
+    model = ir.Model(graph, ir_version=10)
+    lower_layer(find_regions(graph)[0], lowering)
+    lower_placeholders(model)
+    return ir.to_proto(model).SerializeToString()
+
+
+def _copy(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
+    inputs = [None if value is None else copies[value] for value in node.inputs]
+    outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in node.outputs]
+    copies.update(zip(node.outputs, outputs, strict=True))
+    return ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=outputs, version=1)
+
+
+def _widths(region: ExpertRegion) -> tuple[int, int, int]:
+    first = next(node for node in region.inner if is_linear(node))
+    return stored(input_of(first, 1)).shape[2], region.top_k, region.top_k
+
+
+def _random_inputs(region: ExpertRegion, tokens: int, seed: int) -> dict[str, np.ndarray]:
+    """Tokens, ids without repetition, and weights of one."""
+    random = np.random.default_rng(seed)
+    hidden_size = _widths(region)[0]
+    dtypes = [dtype_of(value).numpy() for value in (input_of(region.dispatch, 0), input_of(region.combine, 1))]
+    ids = random.random((tokens, region.num_experts)).argsort(1)[:, : region.top_k]
+    return {
+        "x": random.standard_normal((tokens, hidden_size)).astype(dtypes[0]),
+        "ids": ids.astype(np.int64),
+        "weights": np.ones(ids.shape, dtypes[1]),
+    }
+
+
+def _time(file: bytes, feeds: Sequence[Sequence[dict[str, np.ndarray]]]) -> list[float]:
+    """Median seconds at every number of tokens."""
+    session, _ = open_session(file, Path(), cuda=False, spinning=True)
+    known = {value.name for value in session.get_inputs()}
+    return [_median(session, [{k: v for k, v in feed.items() if k in known} for feed in turns]) for turns in feeds]
+
+
+def _median(session: Any, feeds: Sequence[dict[str, np.ndarray]]) -> float:
+    session.run(None, feeds[0])
+    seconds: list[float] = []
+    while len(seconds) < _RUNS or sum(seconds) < _SECONDS:
+        start = time.perf_counter()
+        session.run(None, feeds[len(seconds) % len(feeds)])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
