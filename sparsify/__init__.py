@@ -6,6 +6,7 @@ from sparsify.api import Inspection, inspect, sparsify
 from sparsify.config import SparsifyConfig
 from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.export_onnx import ExportReport, LayerExport, export_onnx
+from sparsify.passes.lower_onnx.translation_table import onnx_translation_table
 from sparsify.passes.match_ffn import FFNMatch, Rejection
 from sparsify.passes.plan import ConversionPlan, LayerPlan
 from sparsify.passes.verify_onnx import OnnxParity, verify_onnx
@@ -29,6 +30,7 @@ __all__ = [
     "SparsifyConfig",
     "export_onnx",
     "inspect",
+    "onnx_translation_table",
     "sparsify",
     "verify_onnx",
 ]

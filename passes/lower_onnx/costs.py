@@ -10,7 +10,8 @@ from sparsify.passes.lower_onnx.lowerings import Lowering
 
 # Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, D=768 F=3072.
 _FLOPS = 1.9e11  # a second, in Gemm
-_READ = 9.5e10  # bytes a second of packed weights
+_READ_ROW = 9.5e10  # bytes a second of packed weights, for one row
+_READ = 4e10  # the same for several
 _MOE_FLOPS = 1.2e11  # a second, in com.microsoft.MoE
 _PACK = 1.3e10  # bytes a second of weights, which that op packs in every call of more than one token
 _READ_PLAIN = 7e10  # the same with one token
@@ -64,7 +65,8 @@ def _products(facts: LayerFacts, rows: float, neurons: int) -> float:
     """All Gemms of one FFN of so many neurons: bound by reading its weights, or by computing."""
     weights = _weight_bytes(facts, neurons)
     flops = 2 * rows * weights / facts.dtype.itemsize
-    return max(weights / _READ, flops / _FLOPS) + _GEMM * (_projections(facts) + 1)
+    read = weights / (_READ_ROW if rows < 2 else _READ)
+    return max(read, flops / _FLOPS) + _GEMM * (_projections(facts) + 1)
 
 
 def _weight_bytes(facts: LayerFacts, neurons: int) -> int:
