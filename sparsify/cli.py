@@ -165,7 +165,7 @@ def convert(
             sparse, report = convert_model(dense, config, calibrates=not no_calibration, stages=stages)
             with stages.running("save"):
                 sparse.save(staging)
-            export = export_model(sparse, dense, staging, target.value, stages) if onnx else None
+            export = export_model(sparse, dense, staging, target.value, config.tokens, stages) if onnx else None
             onnx_folder = staging if onnx else None
             timed = time_models(dense.model, sparse, onnx_folder, target.value, stages) if bench else None
             left_out = write_reports(staging, report, _moved(export, out), timed)

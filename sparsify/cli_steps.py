@@ -57,12 +57,16 @@ def convert_model(
     return sparse, dataclasses.replace(report, metric=metric)
 
 
-def export_model(sparse: SparseModel, dense: DenseModel, folder: Path, target: Target, stages: Stages) -> ExportReport:
-    """Writes both ONNX files and checks the converted one."""
+def export_model(
+    sparse: SparseModel, dense: DenseModel, folder: Path, target: Target, tokens: Sequence[int], stages: Stages
+) -> ExportReport:
+    """Writes both ONNX files, for calls of so many tokens (by default several sizes), and checks the converted one."""
     from sparsify.passes.export_onnx import export_onnx
+    from sparsify.passes.lower_onnx.choose_lowering import DEFAULT_TOKENS
 
+    sizes = tuple(tokens) or DEFAULT_TOKENS
     with stages.running("export"):
-        return export_onnx(sparse, folder / files.ONNX, target=target, dense=dense.model)
+        return export_onnx(sparse, folder / files.ONNX, target=target, target_tokens=sizes, dense=dense.model)
 
 
 def time_models(

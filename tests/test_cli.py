@@ -249,6 +249,16 @@ def test_selection_and_overrides_reach_the_conversion(tmp_path, select):
     assert config.for_layer("other").num_experts == 8
 
 
+def test_target_tokens_reach_plan_and_export(tmp_path):
+    """Both are made for the sizes that calls will have, and the report says how long an FFN takes there."""
+    options = ("--experts", "4", "--top-k", "2", "--select", "all", "--target-tokens", "3", "--target-tokens", "40")
+    out = tmp_path / "out"
+    result = json.loads(run("convert", "tiny_factory:model", "-o", out, *options, "--no-calibration", "--json").stdout)
+    [ffn] = result["report"]["ffns"]
+    assert [time["tokens"] for time in ffn["times"]] == [3, 40]
+    assert result["export"]["target_tokens"] == [3, 40]
+
+
 def test_files_of_others_are_not_overwritten(tmp_path):
     """The weights of the dense model have the same name, and -o with its folder is a slip of the hand."""
     (tmp_path / "model.safetensors").write_text("precious")
@@ -281,6 +291,7 @@ def test_files_of_others_are_not_overwritten(tmp_path):
         (["tiny_factory:model", "--override", "*:k=2"], "some of num_experts, top_k, num_shared_experts"),
         (["tiny_factory:model", "--override", "*:top_k=0"], "top_k must be at least 1, got 0"),
         (["tiny_factory:model", "--override", "nosuch.*:top_k=1"], "matches none of the 1 FFNs"),
+        (["tiny_factory:model", "--target-tokens", "0"], "target_tokens must be at least 1, got 0"),
         (["tiny_factory:model", "--target", "tpu"], "ort-cpu"),
     ],
 )
