@@ -41,6 +41,7 @@ from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_pla
 from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 from sparsify.passes.lower_onnx.metadata import FileLayer, metadata
+from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
 from sparsify.passes.lower_onnx.values import input_of
@@ -197,6 +198,7 @@ def _sparse_onnx(sparse: SparseModel, options: _Choice) -> tuple[ir.Model, tuple
     expert_ids = [input_of(region.dispatch, 1) for region in regions]
     exports = _choose_all(layers, regions, options)
     for region, export in zip(regions, exports, strict=True):
+        mark_router(region)
         lower_layer(region, export.lowering)
     lower_placeholders(model)
     in_file = [
@@ -244,7 +246,8 @@ def _export_dense(dense: nn.Module, sparse: SparseModel, path: Path, opset: int,
 
 
 def _labelled(model: ir.Model, entries: dict[str, str]) -> ir.Model:
-    """Replace what the exporter noted on every node (stack traces with local paths) by our few entries."""
+    """Replace what the exporter noted on every node (modules, stack traces with local paths) by names and entries."""
+    name_nodes(model.graph)
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.update(entries)
     return model

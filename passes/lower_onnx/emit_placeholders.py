@@ -40,6 +40,7 @@ def _emit_layer(graph: fx.Graph, layer: Layer) -> None:
     parts = facts.num_experts + (not facts.plain_router)
     x, expert_ids, _ = layer.dispatch.args
     settings: dict[str, int | str] = {"num_experts": facts.num_experts, "num_parts": parts, "top_k": facts.top_k}
+    settings["layer"] = layer.name
     settings["activation"] = "" if facts.irregular else moe_activation(facts.activation, facts.gated) or ""
     dispatched = _replace(graph, layer.dispatch, _dispatch, (x, expert_ids, settings))
     with graph.inserting_after(dispatched):
@@ -49,8 +50,9 @@ def _emit_layer(graph: fx.Graph, layer: Layer) -> None:
     for linear in linears:
         rows, weight, bias, _ = linear.args
         is_gate = facts.gated and linear is layer.projections[0]
-        _replace(graph, linear, _expert_linear, (rows, weight, bias, tokens_per_expert, is_gate))
-    settings = {"top_k": facts.top_k, "unit_weights": int(facts.plain_router)}
+        linear_settings = {"num_parts": parts, "gate": int(is_gate), "layer": layer.name}
+        _replace(graph, linear, _expert_linear, (rows, weight, bias, tokens_per_expert, linear_settings))
+    settings = {"top_k": facts.top_k, "unit_weights": int(facts.plain_router), "layer": layer.name}
     _replace(graph, layer.combine, _combine, (*layer.combine.args, settings))
 
 
@@ -75,18 +77,20 @@ def _dispatch(x: Tensor, expert_ids: Tensor, settings: Mapping[str, Any]) -> Any
     )
 
 
-def _expert_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, tokens_per_expert: Tensor, gate: bool) -> Tensor:
+def _expert_linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, tokens_per_expert: Tensor, settings: Mapping[str, Any]
+) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::ExpertLinear",
         (rows, weight, bias, tokens_per_expert),
-        {"num_parts": int(tokens_per_expert.shape[0]), "gate": int(gate)},
+        {**settings},
         dtype=rows.dtype,
         shape=(rows.shape[0], weight.shape[1]),
         version=1,
     )
 
 
-def _combine(rows: Tensor, routing_weights: Tensor, order: Tensor, settings: Mapping[str, int]) -> Tensor:
+def _combine(rows: Tensor, routing_weights: Tensor, order: Tensor, settings: Mapping[str, Any]) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::Combine",
         (rows, routing_weights, order),

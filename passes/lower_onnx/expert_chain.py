@@ -15,7 +15,7 @@ from onnx_ir.tape import Tape
 
 from sparsify.passes.lower_onnx.dispatch import sort_tokens
 from sparsify.passes.lower_onnx.expert_linear import lower_gemm, zero_rows
-from sparsify.passes.lower_onnx.expert_region import ExpertRegion
+from sparsify.passes.lower_onnx.expert_region import ExpertRegion, mark_nodes
 from sparsify.passes.lower_onnx.values import dtype_of, expert_of, input_of, optional_input, stored
 
 
@@ -30,15 +30,18 @@ def lower_expert_chain(region: ExpertRegion) -> None:
     tokens = sort_tokens(region.dispatch, tape)
     num_parts = region.dispatch.attributes["num_parts"].as_int()
     parts = tape.op_multi_out("Split", [tokens.rows, tokens.per_expert], {"axis": 0}, num_outputs=num_parts)
+    mark_nodes(tape.nodes, region.scope("dispatch"))
     outputs: list[ir.Value] = []
     for e in range(region.num_experts):
         rows = tape.op("Gather", [x, parts[e]], {"axis": 0})  # [tokens of e, D]
         hidden = region.replay(tape, rows, lambda node, rows, e=e: _linear(tape, node, rows, e))
         outputs.append(_linear(tape, region.down, hidden, e))
+        mark_nodes(tape.nodes, region.scope(f"experts.{e}"))
     if num_parts > region.num_experts:
         down = input_of(region.down, 1)
         outputs.append(zero_rows(tape, parts[-1], stored(down).shape[1], dtype_of(down)))
     out = tape.op("Concat", outputs, {"axis": 0})
+    mark_nodes(tape.nodes, region.scope("combine"))
     region.replace(tape, {region.dispatch.outputs[1]: tokens.order, region.down.outputs[0]: out})
 
 

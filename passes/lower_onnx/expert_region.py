@@ -15,6 +15,7 @@ from sparsify.errors import ExportError
 from sparsify.passes.lower_onnx.values import input_of
 
 DOMAIN = "sparsify"
+SCOPE = "sparsify.scope"  # in the metadata of a node: the part of the layer that it belongs to
 Linear = Callable[[ir.Node, ir.Value], ir.Value]
 
 
@@ -49,6 +50,10 @@ class ExpertRegion:
         """Every routing weight is one, and no slot is unused."""
         return bool(self.combine.attributes["unit_weights"].as_int())
 
+    def scope(self, part: str) -> str:
+        """Where the nodes of a part of this layer stand, as in `encoder.layer.3.ffn.router`."""
+        return f"{layer_of(self.dispatch)}.{part}"
+
     def replay(self, tape: Tape, rows: ir.Value, linear: Linear) -> ir.Value:
         """Write what lies between dispatch and down once more, for other rows.
 
@@ -79,6 +84,7 @@ class ExpertRegion:
         place = self.combine if ends_with_combine else self.down
         for initializer in tape.initializers:
             self.graph.initializers[str(initializer.name)] = initializer
+        mark_nodes(tape.nodes, self.scope("experts"))
         self.graph.insert_before(place, tape.nodes)
         for old, new in values.items():
             new.shape, new.type, new.name = old.shape, old.type, old.name
@@ -94,6 +100,17 @@ def find_regions(graph: ir.Graph) -> list[ExpertRegion]:
         ExportError: a dispatch does not lead to one combine.
     """
     return [_read(graph, node) for node in graph if node.domain == DOMAIN and node.op_type == "Dispatch"]
+
+
+def layer_of(placeholder: ir.Node) -> str:
+    """The name of the layer that a placeholder belongs to."""
+    return placeholder.attributes["layer"].as_string()
+
+
+def mark_nodes(nodes: Iterable[ir.Node], scope: str) -> None:
+    """Note a scope on those nodes that have none yet."""
+    for node in nodes:
+        node.metadata_props.setdefault(SCOPE, scope)
 
 
 def is_linear(node: ir.Node) -> bool:

@@ -14,7 +14,7 @@ from sparsify.passes.lower_onnx.dense_masked import lower_dense_masked
 from sparsify.passes.lower_onnx.dispatch import lower_dispatch
 from sparsify.passes.lower_onnx.expert_chain import lower_expert_chain
 from sparsify.passes.lower_onnx.expert_linear import lower_expert_linear
-from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion
+from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion, layer_of, mark_nodes
 from sparsify.passes.lower_onnx.lowerings import Lowering
 from sparsify.passes.lower_onnx.moe_op import lower_moe_layer, lower_moe_op
 
@@ -24,6 +24,7 @@ _PLACEHOLDERS: dict[str, Callable[[ir.Node, Tape], Sequence[ir.Value]]] = {
     "Combine": lower_combine,
     "MoE": lower_moe_op,
 }
+_PARTS = {"Dispatch": "dispatch", "ExpertLinear": "experts", "Combine": "combine", "MoE": "experts"}
 _LAYERS: dict[Lowering, Callable[[ExpertRegion], None]] = {
     "expert_chain": lower_expert_chain,
     "dense_masked": lower_dense_masked,
@@ -56,6 +57,7 @@ def lower_placeholders(model: ir.Model) -> None:
 def _lower(graph: ir.Graph, node: ir.Node) -> None:
     tape = Tape()
     outputs = _PLACEHOLDERS[node.op_type](node, tape)
+    mark_nodes(tape.nodes, f"{layer_of(node)}.{_PARTS[node.op_type]}")
     for initializer in tape.initializers:
         graph.initializers[str(initializer.name)] = initializer
     graph.insert_before(node, tape.nodes)

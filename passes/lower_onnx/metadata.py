@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 
 import onnx
 
+from sparsify.errors import LoadError
+
 _VERSION, _TARGET, _LAYERS = "sparsify.version", "sparsify.target", "sparsify.layers"
 
 
@@ -33,9 +35,20 @@ def read_target(model: onnx.ModelProto) -> str:
 
 
 def read_layers(model: onnx.ModelProto) -> list[FileLayer]:
-    """The layers, in the order of the graph; none in a file that is not ours."""
+    """The layers, in the order of the graph; none in a file that is not ours.
+
+    Raises:
+        LoadError: the entry is not what this version writes.
+    """
     entry = _entry(model, _LAYERS)
-    return [FileLayer(**layer) for layer in json.loads(entry)] if entry else []
+    try:
+        return [FileLayer(**layer) for layer in json.loads(entry)] if entry else []
+    except (TypeError, ValueError) as error:
+        written, ours = _entry(model, _VERSION) or "unknown", _version()
+        raise LoadError(
+            f"the file was written by version {written} of sparsify, whose entry {_LAYERS} this one ({ours}) cannot "
+            f"read ({error}); export the model again"
+        ) from error
 
 
 def _entry(model: onnx.ModelProto, key: str) -> str:

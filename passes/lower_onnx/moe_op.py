@@ -28,7 +28,7 @@ def lower_moe_layer(region: ExpertRegion) -> None:
     dispatch, combine = region.dispatch, region.combine
     linears = sorted(filter(is_linear, region.inner), key=lambda node: node.attributes["gate"].as_int())
     weights = [optional_input(node, i) for node in (region.down, *linears) for i in (1, 2)]
-    settings = {name: dispatch.attributes[name] for name in ("num_experts", "top_k", "activation")}
+    settings = {name: dispatch.attributes[name] for name in ("num_experts", "top_k", "activation", "layer")}
     settings["unit_weights"] = combine.attributes["unit_weights"]
     tape = Tape()
     inputs = [*dispatch.inputs[:2], combine.inputs[1], *weights]

@@ -65,7 +65,13 @@ def test_writes_a_file_that_equals_the_model(
     assert report.file_bytes <= 1.05 * bytes_of_parameters + 20_000  # the nodes of a model this small weigh something
     assert _domains(path) == ({"", "com.microsoft"} if lowering == "moe_op" else {""})
 
+    onnx.checker.check_model(str(path), full_check="com.microsoft" not in _domains(path))  # with shape inference
     model = onnx.load(str(path))
+    names = [node.name for node in model.graph.node]
+    assert len(names) == len(set(names))
+    for part in ("router/TopK", "experts/", "combine/") if lowering == "sorted_split" else ("router/TopK", "experts"):
+        assert any(name.startswith(f"/layers.1/{part}") for name in names)
+    assert "/layers.0/norm/LayerNormalization" in names
     assert _axes(model.graph.input) == {key: ["batch", "sequence"] for key in ("input_ids", "attention_mask")}
     assert _axes(model.graph.output) == {
         "last_hidden_state": ["batch", "sequence", 16],
@@ -217,6 +223,31 @@ def test_large_weights_go_outside(sparse_layer: Make, tmp_path: Path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
     assert report.file_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert stage.verify_onnx(sparse, path).max_relative_error <= 1e-5
+
+
+@pytest.mark.parametrize("tampering", ["escape", "missing", "truncated"])
+def test_refuses_external_data_that_was_tampered_with(
+    sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tampering: str
+) -> None:
+    """Protects: a file from elsewhere must not read outside its folder; one without weights gives no receipt."""
+    monkeypatch.setattr(stage, "_LARGEST_FILE", 1000)
+    folder = tmp_path / "model"
+    sparse = sparse_layer(hidden=32)
+    report = export_onnx(sparse, folder / "model.onnx", lowering="expert_chain")
+    data = folder / "model.onnx.data"
+    if tampering == "escape":
+        data.rename(tmp_path / "secret")
+        model = onnx.load(str(report.path), load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = "../secret" if entry.key == "location" else entry.value
+        report.path.write_bytes(model.SerializeToString())
+    elif tampering == "missing":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(ExportError, match=r"onnxruntime .* cannot load"):
+        stage.verify_onnx(sparse, report.path)
 
 
 def test_works_without_onnxruntime(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

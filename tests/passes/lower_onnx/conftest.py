@@ -37,6 +37,7 @@ def placeholder_model() -> Callable[..., ir.Model]:
             name: None if array is None else _value(name, array, "proj" in name or "bias" in name)
             for name, array in inputs.items()
         }
+        attributes = {"layer": "ffn", **attributes}
         node = ir.node(op, list(values.values()), attributes, domain="sparsify", num_outputs=len(outputs), version=1)
         for i, (value, dtype) in enumerate(zip(node.outputs, outputs, strict=True)):
             value.name, value.type = f"y{i}", ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))

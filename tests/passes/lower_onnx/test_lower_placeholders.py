@@ -40,7 +40,8 @@ def test_sites_that_share_a_weight_share_its_slices(placeholder_model) -> None:
     }
     model = placeholder_model("ExpertLinear", inputs, {"num_parts": 4}, (np.float32,))
     first = model.graph[0]
-    second = ir.node("ExpertLinear", [first.outputs[0], *first.inputs[1:]], {"num_parts": 4}, domain="sparsify")
+    again = [first.outputs[0], *first.inputs[1:]]
+    second = ir.node("ExpertLinear", again, {"num_parts": 4, "layer": "ffn"}, domain="sparsify")
     second.outputs[0].name, second.outputs[0].type = "again", ir.TensorType(ir.DataType.FLOAT)
     model.graph.append(second)
     model.graph.outputs.append(second.outputs[0])

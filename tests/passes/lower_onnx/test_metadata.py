@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import onnx
+import pytest
 
+from sparsify.errors import LoadError
 from sparsify.passes.lower_onnx.metadata import FileLayer, metadata, read_layers, read_target
 
 
@@ -26,3 +28,11 @@ def test_a_foreign_file_has_no_layers() -> None:
     """Any ONNX file may be given to `verify_onnx`."""
     assert read_layers(_model({})) == []
     assert read_target(_model({})) == ""
+
+
+@pytest.mark.parametrize("entry", ['[{"name": "layers.0"}]', '[{"name": "a", "kind": "split"}]', "[1]", "no JSON"])
+def test_a_file_of_another_version(entry: str) -> None:
+    """Protects: other fields than ours say which version wrote them, and what to do."""
+    model = _model({"sparsify.version": "0.0.1", "sparsify.layers": entry})
+    with pytest.raises(LoadError, match=r"written by version 0\.0\.1 of sparsify.*export the model again"):
+        read_layers(model)

@@ -72,6 +72,7 @@ def _model(arrays: Arrays, unit_weights: bool) -> ir.Model:
     nodes: list[ir.Node] = []
 
     def add(op: str, inputs: list[Any], attributes: dict[str, Any], domain: str, outputs: int = 1) -> Any:
+        attributes = {"layer": "ffn", **attributes} if domain else attributes
         node = ir.node(op, inputs, attributes, domain=domain, num_outputs=outputs)
         for value in node.outputs:
             value.type = float32
