@@ -8,16 +8,16 @@ from __future__ import annotations
 from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.lowerings import Lowering
 
-# Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, D=768 F=3072.
+# Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, D=768 F=3072, 1 to 2048 tokens: benchmarks/onnx.py --quick.
 _FLOPS = 1.9e11  # a second, in Gemm
-_READ_ROW = 9.5e10  # bytes a second of packed weights, for one row
-_READ = 4e10  # the same for several
-_MOE_FLOPS = 1.2e11  # a second, in com.microsoft.MoE
-_PACK = 1.3e10  # bytes a second of weights, which that op packs in every call of more than one token
-_READ_PLAIN = 7e10  # the same with one token
-_COPY = 2e10  # bytes a second of rows, read and written
-_NODE = 0.8e-6  # seconds, whatever it computes
-_GEMM = 2e-6
+_READ_ROW = 1.2e11  # bytes a second of packed weights, for one row
+_READ = 8e10  # the same for several
+_MOE_FLOPS = 9.5e10  # a second, in com.microsoft.MoE
+_PACK = 2.5e10  # bytes a second of weights, which that op packs in every call for an expert of several tokens
+_READ_PLAIN = 6e10  # the same for an expert of one token
+_COPY = 3e10  # bytes a second of rows, read and written
+_NODE = 0.5e-6  # seconds, whatever it computes
+_GEMM = 1.5e-6
 _SORT_NODES, _MASK_NODES, _MOE_NODES = 15, 9, 7
 
 
@@ -56,7 +56,7 @@ def _moe(facts: LayerFacts, tokens: int) -> float:
     rows = tokens * facts.top_k
     hit = _experts_hit(facts, tokens)
     weights = hit * _weight_bytes(facts, facts.expert_size)
-    read = weights / (_READ_PLAIN if tokens == 1 else _PACK)
+    read = weights / (_READ_PLAIN if rows / hit < 2 else _PACK)
     flops = 2 * rows * _weight_bytes(facts, facts.expert_size) / facts.dtype.itemsize
     return read + flops / _MOE_FLOPS + _MOE_NODES * _NODE
 

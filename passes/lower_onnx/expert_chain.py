@@ -4,7 +4,8 @@
     out_e = down_e(act(up_e(Gather(x, tokens_e))))              # the rows of one expert stay in the cache
     out = Concat(out_0 ..)                                      # [R, D], then combined as by `sorted_split`
 
-1.1 to 1.5 times as fast as `sorted_split` in onnxruntime on the CPU at 1 to 2048 tokens (D=768, F=3072, E=16, K=4).
+In onnxruntime on the CPU as fast as `sorted_split` up to 128 tokens, and 1.02 to 1.1 times as fast with 512 to 2048
+(D=768, F=3072, E=16, K=4).
 T tokens, K top_k, R = T*K, E num_experts, D features.
 """
 
