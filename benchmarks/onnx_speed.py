@@ -1,7 +1,7 @@
 """One FFN layer in onnxruntime on this CPU: dense, `com.microsoft.MoE`, and the file that `export_onnx` chooses.
 
-    python benchmarks/onnx.py                all shapes, 1 and 2 threads, about twenty minutes
-    python benchmarks/onnx.py --quick        D=768 F=3072, 16 experts of which 4 run, under two minutes
+    python benchmarks/onnx_speed.py                all shapes, 1 and 2 threads, about twenty minutes
+    python benchmarks/onnx_speed.py --quick        D=768 F=3072, 16 experts of which 4 run, under two minutes
 
 One session is alive at a time, as the threads of an idle one take the cores; the files take turns, round after round,
 and the median of the rounds counts. `ours` is the lowering that the cost model chooses for exactly T tokens; the router
@@ -9,13 +9,7 @@ is part of it. GELU is the exact one, but in the MoE op, which has the tanh form
 over the ideal E / K, `load` the time to make a session over that of the dense file. Tables go to out/onnx.md, .json.
 """
 
-# ruff: noqa: E402  # this folder must leave the path before anything imports the package `onnx`: it holds this file
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 import json
 import operator
@@ -24,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
