@@ -8,7 +8,7 @@ from __future__ import annotations
 from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.lowerings import Lowering
 
-# Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, D=768 F=3072, 1 to 2048 tokens: benchmarks/onnx_speed.py --quick
+# Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, D=768 F=3072, T 1 to 2048: benchmarks/onnx_speed.py --quick
 _FLOPS = 1.9e11  # a second, in Gemm
 _READ_ROW = 1.2e11  # bytes a second of packed weights, for one row
 _READ = 8e10  # the same for several
