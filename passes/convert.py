@@ -125,6 +125,8 @@ def convert(
         _free(outdated, graph_module)
     FuseMoEPass()(graph_module)
     for layer in find_layers(graph_module, graph_module.graph):
+        if layer.name not in results:  # of an earlier conversion
+            continue
         results[layer.name] = replace(results[layer.name], unfused=why_not_fused(layer))
     progress(len(todo), len(todo))
     return results, tokens
