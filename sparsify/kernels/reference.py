@@ -90,44 +90,55 @@ def moe_ffn_backward_reference(
     """
     inputs = (x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    d_x, d_weights, _, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias = (
-        None if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs
-    )
-    assert d_x is not None
-    assert d_weights is not None
-    assert d_up is not None
-    assert d_down is not None
-    d_x_wide = d_x.to(wide)
+    grads = [
+        None if tensor is None or not needed else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, needed in zip(inputs, needs, strict=True)
+    ]
+    d_x, d_weights, _, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias = grads
+    d_x = None if d_x is None else d_x.to(wide)
+    act, act_backward = ACTIVATIONS[activation], ACTIVATION_BACKWARDS[activation]
     for e, (tokens, slots) in enumerate(_pairs_by_expert(expert_ids, up_proj.shape[0])):
         rows, dy = x.index_select(0, tokens), grad.index_select(0, tokens)  # [n, D], [n, D_out]
         weights = routing_weights[tokens, slots].to(wide).unsqueeze(-1)  # [n, 1]
         up = functional.linear(rows, up_proj[e], None if up_bias is None else up_bias[e])
         d_hidden = dy @ down_proj[e]  # [n, I], without the routing weight
-        if gate_proj is None or d_gate is None:
-            hidden = ACTIVATIONS[activation](up)
-            d_up_rows = ACTIVATION_BACKWARDS[activation]((d_hidden.to(wide) * weights).to(x.dtype), up)
+        weighted = (d_hidden.to(wide) * weights).to(x.dtype)
+        if gate_proj is None:
+            hidden, d_up_rows = act(up), act_backward(weighted, up)
         else:
             gate = functional.linear(rows, gate_proj[e], None if gate_bias is None else gate_bias[e])
-            acted = ACTIVATIONS[activation](gate)
-            hidden = acted * up
-            weighted = (d_hidden.to(wide) * weights).to(x.dtype)
-            d_up_rows = weighted * acted
-            d_gate_rows = ACTIVATION_BACKWARDS[activation](weighted * up, gate)
-            d_gate[e] = d_gate_rows.t() @ rows
-            d_x_wide.index_add_(0, tokens, (d_gate_rows @ gate_proj[e]).to(wide))
-            if d_gate_bias is not None:
-                d_gate_bias[e] = d_gate_rows.sum(0)
-        d_weight = (d_hidden.to(wide) * hidden.to(wide)).sum(-1)
-        if down_bias is not None:
-            d_weight = d_weight + dy.to(wide) @ down_bias[e].to(wide)
-        d_weights[tokens, slots] = d_weight.to(d_weights.dtype)
-        d_up[e] = d_up_rows.t() @ rows
-        d_x_wide.index_add_(0, tokens, (d_up_rows @ up_proj[e]).to(wide))
+            acted = act(gate)
+            hidden, d_up_rows = acted * up, weighted * acted
+            d_gate_rows = act_backward(weighted * up, gate)
+            _add_linear_grads(e, tokens, rows, d_gate_rows, gate_proj, d_x, d_gate, d_gate_bias)
+        _add_linear_grads(e, tokens, rows, d_up_rows, up_proj, d_x, d_up, d_up_bias)
         weighted_dy = (dy.to(wide) * weights).to(x.dtype)
-        d_down[e] = weighted_dy.t() @ hidden
-        if d_up_bias is not None:
-            d_up_bias[e] = d_up_rows.sum(0)
+        if d_down is not None:
+            d_down[e] = weighted_dy.t() @ hidden
         if d_down_bias is not None:
             d_down_bias[e] = weighted_dy.sum(0)
-    grads = (d_x_wide.to(x.dtype), d_weights, None, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias)
-    return [g if g is not None and needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True)]
+        if d_weights is not None:
+            own = (d_hidden.to(wide) * hidden.to(wide)).sum(-1)
+            own = own if down_bias is None else own + dy.to(wide) @ down_bias[e].to(wide)
+            d_weights[tokens, slots] = own.to(d_weights.dtype)
+    grads[0], grads[2] = None if d_x is None else d_x.to(x.dtype), None  # ids have no gradient
+    return [x.new_empty(0) if g is None else g for g in grads]
+
+
+def _add_linear_grads(
+    e: int,
+    tokens: Tensor,
+    rows: Tensor,
+    d_rows: Tensor,
+    weight: Tensor,
+    d_x: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """Take the output gradient `d_rows` `[n, I]` of one projection of expert `e` to what it was computed from."""
+    if d_x is not None:
+        d_x.index_add_(0, tokens, (d_rows @ weight[e]).to(d_x.dtype))
+    if d_weight is not None:
+        d_weight[e] = d_rows.t() @ rows
+    if d_bias is not None:
+        d_bias[e] = d_rows.sum(0)

@@ -12,9 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify import ops
-from sparsify.kernels.reference import ACTIVATIONS
+from sparsify.kernels.reference import ACTIVATIONS, moe_ffn_backward_reference
 
 
 class Experts(nn.Module):
@@ -179,6 +180,20 @@ def test_frozen_weights(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs[4] = True
     grads = torch.ops.sparsify.moe_ffn_backward(torch.randn(5, 8), *args, needs)
     assert [grad.numel() > 0 for grad in grads] == needs
+
+
+def test_gradients_that_are_not_needed_cost_nothing() -> None:
+    """Protects: frozen experts on a CPU; two of the six products of a gradient step are those of x."""
+    args = [
+        arg.detach() if isinstance(arg, Tensor) else arg for arg in arguments(5, torch.float32, False, False, "silu")
+    ]
+    flops: list[int] = []
+    for needs in ([True] * 9, [True, *[False] * 8], [False] * 9):
+        with FlopCounterMode(display=False) as counter:
+            moe_ffn_backward_reference(*(torch.randn(5, 8), *args, needs))
+        flops.append(counter.get_total_flops())
+    everything, for_x, nothing = flops
+    assert 0 < nothing < for_x < everything
 
 
 def test_gradient_that_is_expanded() -> None:
