@@ -25,12 +25,13 @@ from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.find_layers import find_layers
 from sparsify.passes.fuse_moe import FuseMoEPass, why_not_fused
 from sparsify.passes.insert_moe import InsertMoEPass
+from sparsify.passes.make_experts import make_experts
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.plan import ConversionPlan
 from sparsify.passes.residual import residual_terms
 from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
 from sparsify.passes.split.fold_vectors import fold_vectors
-from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out, split_ffn
+from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out
 from sparsify.passes.split.statistics import chunks
 from sparsify.passes.verify import check_receipt
 
@@ -43,13 +44,15 @@ class ConvertedLayer:
     """What the report says of a layer (see `FFNReport`), without its weights, which the graph holds.
 
     Attributes:
-        expert_size: neurons of an expert.
+        neurons_per_token: neurons that run for a token, of routed and shared experts.
+        gap: the start is not exact, as the routing weights scale the experts; `error` says by how much.
         num_parameters: of experts and router.
         router_flops: per token, 2 per multiply-add.
         unfused: why its experts run as a chain of ops, not as one; None where they are one.
     """
 
-    expert_size: int
+    neurons_per_token: int
+    gap: bool
     num_parameters: int
     router_flops: int
     receipt: float
@@ -112,13 +115,13 @@ def convert(
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
-        result = split_ffn(dense, original, fit, measured, options, may_refit=calibration is not None)
+        result = make_experts(dense, original, fit, measured, options, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
         before, last_down = list(graph_module.parameters()), [site.down for site in match.sites][-1]
         insertion = InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad)
         insertion.requires(graph_module)
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
-        results[match.name] = _summary(result)
+        results[match.name] = _summary(result, options)
         del original, dense, sample, fit, measured, result
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
@@ -132,10 +135,12 @@ def convert(
     return results, tokens
 
 
-def _summary(result: SplitResult) -> ConvertedLayer:
-    router = list(result.router.parameters())
+def _summary(result: SplitResult, options: SparsifyConfig) -> ConvertedLayer:
+    router, shared = list(result.router.parameters()), result.experts.shared
+    always = 0 if shared is None else shared.down.weight.shape[1]
     return ConvertedLayer(
-        expert_size=result.experts.down.shape[2],
+        neurons_per_token=result.router.top_k * result.experts.down.shape[2] + always,
+        gap=options.start != "shared" and result.router.rule == "free",
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
         router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
         receipt=result.receipt,

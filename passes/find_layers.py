@@ -16,7 +16,7 @@ from torch.fx import Node
 import sparsify.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # puts torch.ops.sparsify into the dispatcher
 from sparsify.errors import ExportError
 from sparsify.passes.activation import ActivationName, extract_activation, name_activation
-from sparsify.routers import Router
+from sparsify.routers import Router, UnitRouter
 
 DISPATCH = torch.ops.sparsify.dispatch.default
 EXPERT_LINEAR = torch.ops.sparsify.expert_linear.default
@@ -31,7 +31,7 @@ class LayerFacts:
 
     Attributes:
         num_experts: E.
-        top_k: K.
+        top_k: K, slots of a token.
         hidden_size: D.
         output_size: N.
         expert_size: M.
@@ -131,7 +131,7 @@ def _read_layer(root: fx.GraphModule, dispatch: Node) -> Layer:
         dtype=first.dtype,
         activation=activation.name,
         gated=len(projections) > 1,
-        plain_router=router is not None and type(router).forward is Router.forward,
+        plain_router=router is not None and isinstance(router, UnitRouter),
         irregular=irregular,
     )
     return Layer(_layer_name(dispatch, down), facts, dispatch, projections, down, combine)
@@ -185,7 +185,7 @@ def _weight(root: fx.GraphModule, linear: Node) -> Tensor:
 
 def _top_k(router: Router | None, dispatch: Node) -> int:
     if router is not None:
-        return router.top_k
+        return router.num_slots
     ids: Any = dispatch.args[1]
     value = ids.meta.get("val")
     if value is None:

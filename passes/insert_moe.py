@@ -29,7 +29,7 @@ from sparsify.passes.base import Pass, PassResult
 from sparsify.passes.graph_values import fixed_size
 from sparsify.passes.match_ffn import FFNMatch, Site
 from sparsify.passes.split.experts import Experts
-from sparsify.routers import Router
+from sparsify.routers import Router, UnitRouter
 
 aten = torch.ops.aten
 moe = torch.ops.sparsify  # registered by sparsify.ops, which split.experts imports
@@ -87,7 +87,8 @@ class InsertMoEPass(Pass):
         tensors["bias"] = experts.bias
         vector_dtypes = {f"vector_{i}": node.meta["val"].dtype for i, node in enumerate(vectors)}
         graph_module.add_submodule(f"{name}.experts", self._holder(tensors, vector_dtypes))
-        self.router.requires_grad_(False)  # weights of one and chosen ids pass no gradient on
+        if isinstance(self.router, UnitRouter):  # weights of one and chosen ids pass no gradient on
+            self.router.requires_grad_(False)
         graph_module.add_submodule(f"{name}.router", self.router)
         if experts.shared is None:
             return

@@ -193,6 +193,8 @@ def _objection(match: FFNMatch, config: SparsifyConfig) -> str | None:
             f"not the FFN of a block: maps {match.hidden_size} to {match.out_features} features; "
             "convert it by name or with select='all'"
         )
+    if config.start != "split":
+        return None if _fits(match, config) else _indivisible(match, config)
     size = -(-match.intermediate_size // config.num_experts)
     if size < _MIN_EXPERT_SIZE or not _fits(match, config):
         return (
@@ -203,7 +205,7 @@ def _objection(match: FFNMatch, config: SparsifyConfig) -> str | None:
 
 
 def _layer_times(match: FFNMatch, config: SparsifyConfig) -> tuple[LayerTime, ...]:
-    if not _fits(match, config):
+    if config.start != "split" or not _fits(match, config):
         return ()
     return tuple(time_layer(match, config, tokens) for tokens in config.tokens)
 
@@ -215,7 +217,9 @@ def _slower(times: Sequence[LayerTime]) -> str | None:
 
 
 def _fits(match: FFNMatch, config: SparsifyConfig) -> bool:
-    """Every routed expert gets at least one neuron after the shared experts took theirs."""
+    """Every routed expert gets at least one neuron after the shared experts took theirs; copies fall into shards."""
+    if config.start != "split":
+        return match.intermediate_size % config.granularity == 0
     return _fits_count(match.intermediate_size, config.num_experts, config.shared)
 
 
@@ -224,12 +228,18 @@ def _fits_count(neurons: int, num_experts: int, num_shared: int) -> bool:
     return neurons - num_shared * size >= num_experts - num_shared
 
 
+def _indivisible(match: FFNMatch, config: SparsifyConfig) -> str:
+    return f"its {match.intermediate_size} neurons do not fall into granularity={config.granularity} equal shards"
+
+
 def _most_experts(match: FFNMatch, config: SparsifyConfig) -> int:
     counts = range(match.intermediate_size, 0, -1)
     return next(count for count in counts if _fits_count(match.intermediate_size, count, min(config.shared, count - 1)))
 
 
 def _convert(match: FFNMatch, config: SparsifyConfig, reason: str) -> LayerPlan:
+    if config.start != "split":
+        return _copy(match, config, reason)
     if not _fits(match, config):
         raise SelectionError(
             f"{match.name} has {match.intermediate_size} neurons, too few for num_experts={config.num_experts} with "
@@ -239,6 +249,15 @@ def _convert(match: FFNMatch, config: SparsifyConfig, reason: str) -> LayerPlan:
     padding = config.num_experts * size - match.intermediate_size
     reason += f"; experts of {size} neurons" + (f", {padding} of them padding" if padding else "")
     return LayerPlan(match.name, reason, config.num_experts, config.top_k, config.shared)
+
+
+def _copy(match: FFNMatch, config: SparsifyConfig, reason: str) -> LayerPlan:
+    if not _fits(match, config):
+        raise SelectionError(f"{match.name}: {_indivisible(match, config)}")
+    size = match.intermediate_size // config.granularity
+    beside = " beside the whole FFN" if config.start == "shared" else ""
+    reason += f"; copies of {size} neurons{beside}, more parameters and no less compute than dense"
+    return LayerPlan(match.name, reason, config.num_experts, config.top_k, 0)
 
 
 def _say(config: SparsifyConfig) -> str:

@@ -147,7 +147,12 @@ def sparsify(
     notes = input_notes(found.parts[0].graph_module, args, kwargs) if found.is_whole else part_notes(found.skipped)
     report = Report(
         ffns=ffn_reports(found.matches, found.rejections, done.plan, done.results),
-        notes=(*notes, *conversion_notes(done.plan, done.results, weights_only=calibration is None)),
+        notes=(
+            *notes,
+            *conversion_notes(
+                done.plan, done.results, weights_only=calibration is None, copies=config.start != "split"
+            ),
+        ),
         calibration_tokens=done.tokens,
         parameters_before=parameters_before,
         parameters_after=_count(done.sparse),

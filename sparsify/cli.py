@@ -27,6 +27,7 @@ from sparsify.passes.select_ffns import PRESETS
 from sparsify.promises import Promise, check_onnx, check_split
 from sparsify.report import Report
 from sparsify.report_text import PLAIN_BOX, print_report, short
+from sparsify.routers import describe_routers
 from sparsify.sparse_model import SparseModel
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ app = typer.Typer(
 )
 
 _DEFAULTS = SparsifyConfig()
+
+
+class StartName(str, Enum):
+    """How experts are made of an FFN."""
+
+    SPLIT = "split"
+    UPCYCLE = "upcycle"
+    SHARED = "shared"
 
 
 class TargetName(str, Enum):
@@ -102,6 +111,19 @@ def inspect_command(model: Model, as_json: AsJson = False) -> None:
 def convert(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results; all of them appear, or none.")],
+    start: Annotated[
+        StartName, typer.Option(help="Divide the neurons, copy the FFN, or keep it beside new experts.")
+    ] = StartName.SPLIT,
+    router: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="See `sparsify routers`.", show_default="mlp for split, else top-k"),
+    ] = None,
+    router_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Argument of the router; repeat it for several.")
+    ] = None,
+    exact_start: Annotated[
+        bool, typer.Option("--exact-start", help="Routing weights that leave the dense model unchanged at first.")
+    ] = False,
     experts: Annotated[
         int, typer.Option(help="Equal parts that the neurons of an FFN are divided into.")
     ] = _DEFAULTS.num_experts,
@@ -148,6 +170,10 @@ def convert(
     with exit_codes():
         with bad_input():
             config = SparsifyConfig(
+                start=start.value,
+                router=router,
+                router_options=dict(map(_router_option, router_option or ())),
+                exact_start=exact_start,
                 num_experts=experts,
                 top_k=top_k,
                 num_shared_experts=shared,
@@ -222,6 +248,33 @@ def bench_command(
             typer.echo(files.to_json(report.to_json()))
             return
         typer.echo(str(report))
+
+
+@app.command("routers")
+def routers_command(as_json: AsJson = False) -> None:
+    """List the routers: each with its paper, mechanism, properties, export form and needs."""
+    found = describe_routers()
+    if as_json:
+        typer.echo(files.to_json(found))
+        return
+    table = Table(box=PLAIN_BOX, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("router", no_wrap=True)
+    for heading in ("mechanism", "paper", "properties", "export", "needs"):
+        table.add_column(heading, overflow="fold")
+    for entry in found:
+        properties = ", ".join(name for name in ("causal", "batch_invariant", "exact_at_init") if entry[name])
+        needs = ", ".join(entry["needs"]) or "-"
+        table.add_row(
+            *map(Text, (entry["name"], entry["mechanism"], entry["paper"], properties, entry["export_form"], needs))
+        )
+    make_console(stderr=False).print(table)
+
+
+def _router_option(text: str) -> tuple[str, str | int | float | bool]:
+    name, found, value = text.partition("=")
+    if not found or not name.isidentifier():
+        raise ValueError(f"--router-option takes NAME=VALUE, such as capacity_factor=1.25, got {text!r}")
+    return name, {"true": True, "false": False}.get(value.lower(), _number_or_text(value))
 
 
 def _select(patterns: Sequence[str] | None) -> Select:

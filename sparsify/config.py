@@ -6,7 +6,9 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, Union, cast
+
+from sparsify.routers import LinearRouter, Router, UnitRouter, make_router
 
 if TYPE_CHECKING:
     from sparsify.passes.match_ffn import FFNMatch
@@ -40,14 +42,29 @@ class LayerOptions:
 Overrides = Union["Mapping[str, Mapping[str, int]]", "tuple[tuple[str, LayerOptions | Mapping[str, int]], ...]"]
 
 
+Start = Literal["split", "upcycle", "shared"]
+
+
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """How to divide the neurons of an FFN among experts.
+    """How to make experts of an FFN.
 
     Attributes:
-        num_experts: equal parts that the neurons of an FFN are divided into, shared experts included.
-        top_k: parts that run for a token, shared experts included; `top_k / num_experts` of the FFN is computed.
-        num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none.
+        start: "split" divides the neurons among the experts: less compute. "upcycle" gives every expert a copy of the
+            FFN: more parameters to train, never faster (sparse upcycling, arXiv 2212.05055). "shared" keeps the whole
+            FFN for every token beside experts whose output starts at zero.
+        num_experts: equal parts that the neurons of an FFN are divided into, shared experts included; or its copies.
+        top_k: experts that run for a token, shared experts included; of a split, `top_k / num_experts` is computed.
+        num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none. Only
+            for "split".
+        router: a name of the catalogue (`sparsify routers`). None: "mlp" for "split", else "top-k".
+        router_options: further arguments of the router's constructor.
+        exact_start: divide routing weights by their own value (by their sum for copies), without a gradient through
+            the divisor. A router whose weights do not sum to 1 then starts as the dense model, and learns from there.
+        granularity: cut every copy into this many shards, each an expert of its own, `num_experts` in all (granular
+            upcycling, arXiv 2410.07524). Only for "upcycle" and "shared".
+        reinitialise: share of the neurons of every copy that is drawn anew, so that copies come apart in training
+            (Drop-Upcycling, arXiv 2502.19261, uses 0.5). Only for "upcycle"; the start is not exact then.
         select: which FFNs to convert. "auto": those that map the hidden size to itself and are wide enough to pay;
             "all": every legal one; glob patterns on names, each of which must match; a predicate on `FFNMatch`.
             The others choose among what "auto" takes, n FFNs in graph order:
@@ -70,9 +87,15 @@ class SparsifyConfig:
         seed: of the clustering and the training of the routers.
     """
 
+    start: Start = "split"
     num_experts: int = 16
     top_k: int = 4
     num_shared_experts: int | None = None
+    router: str | None = None
+    router_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    exact_start: bool = False
+    granularity: int = 1
+    reinitialise: float = 0.0
     select: Select = "auto"
     overrides: Overrides = ()
     target_tokens: tuple[int, ...] | list[int] | int = ()
@@ -89,6 +112,8 @@ class SparsifyConfig:
             ValueError: says what was given and what is allowed.
         """
         check_counts(self.num_experts, self.top_k, self.num_shared_experts)
+        object.__setattr__(self, "router_options", tuple(sorted(dict(self.router_options).items())))
+        self._check_start()
         _check_select(self.select)
         if isinstance(self.select, list):
             object.__setattr__(self, "select", tuple(self.select))
@@ -98,13 +123,26 @@ class SparsifyConfig:
         _at_least("max_calibration_tokens", self.max_calibration_tokens, 1)
         if not self.ridge > 0:
             raise ValueError(f"ridge must be above 0, got {self.ridge}")
+        routed = (self.num_experts - self.shared, self.top_k - self.shared)
+        self._check_router(make_router(self.router_name, 8, *routed, self.options, seed=0))
 
     @property
     def shared(self) -> int:
         """`num_shared_experts` with None resolved."""
         if self.num_shared_experts is not None:
             return self.num_shared_experts
-        return 1 if 1 < self.top_k < self.num_experts else 0
+        return 1 if self.start == "split" and 1 < self.top_k < self.num_experts else 0
+
+    @property
+    def router_name(self) -> str:
+        """`router` with None resolved."""
+        return self.router or ("mlp" if self.start == "split" else "top-k")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """`router_options` as a dict, with what other fields say of the router."""
+        own = dict(cast("tuple[tuple[str, Any], ...]", self.router_options))
+        return {"router_hidden_size": self.router_hidden_size, **own} if self.router_name == "mlp" else own
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -115,6 +153,40 @@ class SparsifyConfig:
     def layer_options(self) -> tuple[tuple[str, LayerOptions], ...]:
         """`overrides` as pairs of pattern and options, in their order."""
         return cast("tuple[tuple[str, LayerOptions], ...]", self.overrides)
+
+    def _check_start(self) -> None:
+        if self.start not in ("split", "upcycle", "shared"):
+            raise ValueError(f"start must be 'split', 'upcycle' or 'shared', got {self.start!r}")
+        _at_least("granularity", self.granularity, 1)
+        if not 0 <= self.reinitialise < 1:
+            raise ValueError(f"reinitialise is a share of the neurons, from 0 to below 1, got {self.reinitialise}")
+        if self.start != "split" and self.num_shared_experts:
+            raise ValueError(
+                f"num_shared_experts={self.num_shared_experts} takes parts of a split; with start={self.start!r} give "
+                "0, or start='shared' to keep the whole FFN for every token"
+            )
+        if self.start == "split" and self.granularity > 1:
+            raise ValueError("granularity cuts copies; with start='split' raise num_experts instead")
+        if self.start != "upcycle" and self.reinitialise:
+            raise ValueError(f"reinitialise sets copies apart; start={self.start!r} has none, so leave it at 0")
+        for name in ("num_experts", "top_k"):
+            if getattr(self, name) % self.granularity:
+                raise ValueError(
+                    f"{name} must be a multiple of granularity ({self.granularity}), so that whole copies run, got "
+                    f"{getattr(self, name)}"
+                )
+
+    def _check_router(self, router: Router) -> None:
+        if self.start != "split" and isinstance(router, UnitRouter):
+            raise ValueError(
+                f"router={self.router_name!r} passes no gradient on, so it cannot learn to choose among copies; choose "
+                "another one (`sparsify routers`), or start='split'"
+            )
+        if self.granularity > 1 and not isinstance(router, LinearRouter):
+            raise ValueError(
+                f"granularity needs a router of linear logits, which can choose the shards of a copy together at "
+                f"first; {self.router_name!r} is none"
+            )
 
     def for_layer(self, name: str) -> SparsifyConfig:
         """The config of one FFN: its overrides applied, none left.

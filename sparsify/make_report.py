@@ -58,7 +58,7 @@ def _ffn_report(match: FFNMatch, layer: LayerPlan, result: ConvertedLayer | None
     if result is None:
         return report
     per_neuron = match.flops_per_token // match.intermediate_size
-    per_site = layer.top_k * result.expert_size * per_neuron + result.router_flops
+    per_site = result.neurons_per_token * per_neuron + result.router_flops
     return replace(
         report,
         action="converted",
@@ -108,7 +108,7 @@ def part_notes(skipped: Sequence[SkippedPart]) -> list[str]:
 
 
 def conversion_notes(
-    plan: ConversionPlan, results: Mapping[str, ConvertedLayer], *, weights_only: bool
+    plan: ConversionPlan, results: Mapping[str, ConvertedLayer], *, weights_only: bool, copies: bool
 ) -> list[str]:
     """What the quality and the speed of the result rest on."""
     if not any(layer.converts for layer in plan.layers):
@@ -121,7 +121,15 @@ def conversion_notes(
         f"no fused kernel, so experts run as a chain of ops, more slowly: {reason} ({', '.join(names)})"
         for reason, names in reasons.items()
     ]
-    if weights_only:
+    free = [name for name, result in results.items() if result.gap]
+    if free:
+        notes.append(
+            f"the routing weights scale the experts, so the start is not the dense model ({', '.join(free)}); the "
+            "errors above say by how much, and exact_start=True makes it exact where all experts of a token run"
+        )
+    if weights_only and copies:
+        notes += ["no calibration data was needed: every expert is a copy of its FFN"]
+    elif weights_only:
         notes += [
             "no calibration data: experts, routers and means rest on the weights and on random tokens shaped like the "
             "example inputs, and down_proj was not refitted. The errors above are on the example inputs. Real "

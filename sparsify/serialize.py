@@ -1,7 +1,7 @@
 """A `SparseModel` as a folder and back: `graph.json` says what it is, `model.safetensors` holds its numbers.
 
 Reading executes nothing that the files hold: tensors come through safetensors, graphs through `graph_format`, routers
-from the table `_ROUTERS`. The two files belong together: the tensors carry the SHA-256 of `graph.json`.
+from the catalogue. The two files belong together: the tensors carry the SHA-256 of `graph.json`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -34,30 +34,18 @@ from sparsify.graph_format import (
 )
 from sparsify.output_folder import output_folder
 from sparsify.passes.module_cover import ModuleCover
-from sparsify.routers import MLPRouter, Router
+from sparsify.routers import ROUTERS, Router
 from sparsify.sparse_model import SparseModel, SparseModelInfo
 
 GRAPH_FILE = "graph.json"
 TENSOR_FILE = "model.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # What torch, json and this file raise when a well-formed JSON document does not have the expected shape.
 _MALFORMED = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, SyntaxError, TypeError, ValueError)
 
 
-def _mlp_router_sizes(router: MLPRouter) -> dict[str, int]:
-    return {
-        "hidden_size": router.hidden.in_features,
-        "num_experts": router.num_experts,
-        "top_k": router.top_k,
-        "router_hidden_size": router.hidden.out_features,
-    }
-
-
-# Every router that can be saved: its class, and the numbers to construct it from.
-_ROUTERS: dict[str, tuple[type[Router], Callable[[Any], dict[str, int]]]] = {
-    "MLPRouter": (MLPRouter, _mlp_router_sizes),
-}
+_ROUTERS = {router.__name__: router for router in ROUTERS}
 
 
 def save_model(sparse: SparseModel, folder: Path) -> None:
@@ -221,10 +209,9 @@ def _encode_module(module: nn.Module, first_name: str | None) -> dict[str, Any]:
     if not isinstance(module, Router):
         return {"kind": "container"}
     name = type(module).__name__
-    router_class, sizes = _ROUTERS.get(name, (None, None))
-    if router_class is not type(module) or sizes is None:
+    if _ROUTERS.get(name) is not type(module):
         raise FormatError(f"the format knows the routers {', '.join(_ROUTERS)}, but not {name}")
-    return {"kind": "router", "class": name, "sizes": sizes(module)}
+    return {"kind": "router", "class": name, "options": module.options(), "weights": module.weights}
 
 
 def _add_modules(sparse: SparseModel, entries: list[Any]) -> None:
@@ -241,11 +228,23 @@ def _decode_module(entry: Any, sparse: SparseModel) -> nn.Module:
             return fx.GraphModule(nn.Module(), fx.Graph())
         case {"kind": "container"}:
             return nn.Module()
-        case {"kind": "router", "class": str(name), "sizes": dict(sizes)} if name in _ROUTERS:
-            with torch.device("meta"):  # neither memory nor random numbers: the weights come from the file
-                return _ROUTERS[name][0](**{str(key): int(size) for key, size in sizes.items()})
+        case {"kind": "router", "class": str(name), "options": dict(options), "weights": str(weights)}:
+            return _decode_router(name, cast("dict[str, Any]", options), weights)
         case _:
             raise FormatError(f"{entry!r:.80} is no module of a saved model")
+
+
+def _decode_router(name: str, options: dict[str, Any], weights: str) -> Router:
+    if name not in _ROUTERS or weights not in ("native", "one", "sum"):
+        raise FormatError(f"a router {name!r} with {weights!r} weights is not known here; a newer version may know it")
+    if not all(isinstance(value, int | float | str | None) for value in options.values()):
+        raise FormatError(f"the options {options!r:.80} of {name} are no plain values")
+    with torch.device("meta"):  # neither memory nor random numbers: the weights come from the file
+        router = _ROUTERS[name](**options)
+    if options.keys() != router.options().keys():
+        raise FormatError(f"the router {name} has other options than {', '.join(options)}")
+    router.weights = weights
+    return router
 
 
 def _encode_state(sparse: SparseModel, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:

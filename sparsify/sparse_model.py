@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
@@ -72,6 +73,18 @@ class SparseModel(fx.GraphModule):
         """The router of every converted FFN, by the name of the FFN."""
         found = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
         return {name.removesuffix(".router"): router for name, router in found.items()}
+
+    def aux_loss(self) -> Tensor:
+        """What the routers ask of training beside the loss of the task: add it to that loss, after every forward call.
+
+        The sum over all routers of their losses (balance, z-loss, ...) in the last call in training mode, each times
+        its coefficient; `routers[name].losses` holds them one by one. Its gradient reaches the routers.
+
+        Returns:
+            A scalar; 0 where no router has a loss.
+        """
+        losses = [router.aux_loss() for router in self.routers.values()]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else torch.zeros(())
 
     def set_top_k(self, top_k: int) -> None:
         """Run `top_k` experts a token in every converted FFN, shared experts included.

@@ -59,8 +59,11 @@ class Experts:
             own += [t for linear in linears for t in (linear.weight, linear.bias)] + list(self.shared.vectors)
         return sum(tensor.numel() for tensor in own if tensor is not None)
 
-    def __call__(self, x: Tensor, expert_ids: Tensor) -> Tensor:
-        """Run the selected experts through the ops that the graph will hold: `[T, D]`, `[T, K]` -> `[T, D_out]`."""
+    def __call__(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        """Run the selected experts through the ops that the graph will hold: `[T, D]`, `[T, K]` -> `[T, D_out]`.
+
+        Without `routing_weights` `[T, K]` every expert counts as 1.
+        """
         rows, order, offsets = ops.dispatch(x, expert_ids, self.num_routed)
         biases = zip(self.projections, self.projection_biases, strict=True)
         projected = [ops.expert_linear(rows, weight, bias, offsets) for weight, bias in biases]
@@ -68,7 +71,8 @@ class Experts:
         vectors = [v.index_select(0, expert_of_row) if v.dim() == 2 else v for v in self.vectors]
         hidden = self.activation(*projected, *vectors)
         outputs = ops.expert_linear(hidden, self.down, self.expert_bias, offsets)
-        y = ops.combine(outputs, torch.ones_like(expert_ids, dtype=x.dtype), order)
+        weights = torch.ones_like(expert_ids, dtype=x.dtype) if routing_weights is None else routing_weights
+        y = ops.combine(outputs, weights, order)
         y = y if self.shared is None else y + self.shared(x)
         return y if self.bias is None else y + self.bias
 
@@ -93,7 +97,7 @@ def divide(dense: DenseFFN, neurons: Tensor, num_shared: int) -> Experts:
         down=_columns(dense.down.weight, routed),
         expert_bias=None,
         shared=take_neurons(dense, shared) if num_shared else None,
-        bias=dense.down.bias,
+        bias=None if dense.down.bias is None else dense.down.bias.clone(),
         activation=dense.activation,
         roles=tuple(project.role for project in dense.projections),
     )

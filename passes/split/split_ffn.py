@@ -15,12 +15,12 @@ from sparsify.config import SparsifyConfig
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide
+from sparsify.passes.split.fit_router import fit_router
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.refit import refit
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
-from sparsify.passes.split.train_router import expert_norms, train_router
 from sparsify.passes.verify import receipt
-from sparsify.routers import MLPRouter
+from sparsify.routers import Router
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
 _HELD_OUT = 10  # every tenth token is kept out of every fit
@@ -39,7 +39,7 @@ class SplitResult:
     """The experts, their router and what the report says of them (see `FFNReport` for the figures)."""
 
     experts: Experts
-    router: MLPRouter
+    router: Router
     receipt: float
     error: float
     error_before_refit: float | None
@@ -68,7 +68,7 @@ def split_ffn(
     neurons = choose_neurons(profiles, importance(dense, statistics), config.num_experts, config.shared, config.seed)
     mean = statistics.mean[neurons.clamp(min=0)]  # [E, m]
     experts = fold_mean(divide(dense, neurons, config.shared), mean[config.shared :])
-    router = train_router(fit.x, expert_norms(experts, fit.x), routed_k, config.router_hidden_size, config.seed)
+    router = fit_router(experts, fit.x, config)
     expert_ids = torch.cat([router(part)[1] for part in chunks(fit.x)])
     error = relative_error(experts, router, measured)
     result = SplitResult(
@@ -77,9 +77,9 @@ def split_ffn(
         receipt=receipt(original, experts, torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])),
         error=error,
         error_before_refit=None,
-        tokens_per_expert=tuple(torch.bincount(expert_ids.flatten(), minlength=experts.num_routed).tolist()),
+        tokens_per_expert=count_tokens(expert_ids, experts.num_routed),
     )
-    if not (config.refit and may_refit) or routed_k == experts.num_routed:
+    if not (config.refit and may_refit and router.rule == "one") or routed_k == experts.num_routed:
         return result
     refitted = refit(experts, mean.flatten(), fit.x, fit.target, expert_ids, config.ridge)
     return replace(
@@ -95,10 +95,16 @@ def hold_out(sample: Sample) -> tuple[Sample, Sample]:
     return Sample(sample.x[~held], sample.target[~held]), Sample(sample.x[held], sample.target[held])
 
 
-def relative_error(experts: Experts, router: MLPRouter, sample: Sample) -> float:
+def count_tokens(expert_ids: Tensor, num_experts: int) -> tuple[int, ...]:
+    """How many tokens each expert got: `[T, K]` -> E numbers; -1 counts for none."""
+    return tuple(torch.bincount(expert_ids.flatten() + 1, minlength=num_experts + 1)[1:].tolist())
+
+
+def relative_error(experts: Experts, router: Router, sample: Sample) -> float:
     """`|routed output - target| / |target|`, L2 over all tokens."""
     difference, size = 0.0, 0.0
     for x, target in zip(chunks(sample.x), chunks(sample.target), strict=True):
-        difference += float((experts(x, router(x)[1]) - target).double().square().sum())
+        routing_weights, expert_ids = router(x)
+        difference += float((experts(x, expert_ids, routing_weights) - target).double().square().sum())
         size += float(target.double().square().sum())
     return (difference / size) ** 0.5 if size else difference**0.5

@@ -1,8 +1,23 @@
-"""Routers, one family a file, all with the contract of `Router`."""
+"""Routers, one family a file, all with the contract of `Router`; `catalogue.py` lists them."""
 
 from __future__ import annotations
 
-from sparsify.routers.base import Router
+from sparsify.routers.base import Router, System, UnitRouter, WeightRule
+from sparsify.routers.catalogue import ROUTERS, describe_routers, make_router, router_class
+from sparsify.routers.linear_router import LinearRouter
 from sparsify.routers.mlp_router import MLPRouter
+from sparsify.routers.top_k_router import TopKRouter
 
-__all__ = ["MLPRouter", "Router"]
+__all__ = [
+    "ROUTERS",
+    "LinearRouter",
+    "MLPRouter",
+    "Router",
+    "System",
+    "TopKRouter",
+    "UnitRouter",
+    "WeightRule",
+    "describe_routers",
+    "make_router",
+    "router_class",
+]

@@ -1,46 +1,167 @@
-"""What every router is: a module that maps tokens to the experts that run for them.
+"""What every router is: a module that maps tokens to the experts that run for them, and how much each counts.
 
-T tokens, D hidden_size, E num_experts, K top_k.
+T tokens, D hidden_size, E num_experts, K slots of a token.
 """
 
 from __future__ import annotations
 
 import abc
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+# What is known of the weights of a token: each used slot has 1; they sum to 1; nothing.
+WeightRule = Literal["one", "sum", "free"]
 
-class Router(nn.Module, abc.ABC):
-    """Choose `top_k` of `num_experts` experts for every token.
 
-    A subclass defines `logits`; the K experts of the largest logits run, each with routing weight 1, which is what a
-    split FFN needs: its experts are disjoint parts of one sum. Logits are computed in the dtype of the router's own
-    weights (fp32 unless the user casts the model), whatever the dtype of the tokens.
+@dataclass(frozen=True)
+class System:
+    """What the catalogue says of a router.
+
+    Attributes:
+        name: what `sparsify(model, router=name)` takes.
+        paper: title and arXiv number.
+        mechanism: in one line.
+        export_form: what runs at inference: "top-k", "table", "mask", "top-tokens" or "mixing".
+        needs: what it reads beside the tokens, such as "ids", or asks of the training loop, such as "reward".
     """
 
-    def __init__(self, num_experts: int, top_k: int) -> None:
+    name: str
+    paper: str
+    mechanism: str
+    export_form: Literal["top-k", "table", "mask", "top-tokens", "mixing"]
+    needs: tuple[str, ...] = ()
+
+
+class Router(nn.Module, abc.ABC):
+    """Choose among `num_experts` experts for every token.
+
+    A subclass defines `system` and `route`, and keeps every argument of its constructor in an attribute of the same
+    name, from which a saved model is built again. What training needs beside the loss of the task it leaves in `losses`
+    while it routes in training mode, with a factor for each in `coefficients`.
+
+    Routing arithmetic is done in fp32 (see `wide`), whatever the dtype of the tokens and of the weights.
+    """
+
+    system: ClassVar[System]
+    default_top_k: ClassVar[int] = 2
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be between 1 and the {num_experts} routed experts, got {top_k}")
+        self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
+        self.weights: Literal["native", "one", "sum"] = "native"  # see `straighten`
+        self.losses: dict[str, Tensor] = {}
+        self.coefficients: dict[str, float] = {}
+
+    @property
+    def num_slots(self) -> int:
+        """K: columns of what `forward` returns, `top_k` unless the number of experts differs from token to token."""
+        return self.top_k
+
+    @property
+    def rule(self) -> WeightRule:
+        """What is known of the weights at inference, nothing dropped."""
+        return "free" if self.weights == "native" else self.weights
+
+    @property
+    def causal(self) -> bool:
+        """The route of a token does not depend on tokens after it."""
+        return True
+
+    @property
+    def batch_invariant(self) -> bool:
+        """The route of a token does not depend on any other token."""
+        return True
 
     @abc.abstractmethod
-    def logits(self, x: Tensor) -> Tensor:
-        """Score the experts: `[T, D]` to `[T, E]`, in the dtype of the router's weights."""
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` `[T, D]` -> routing_weights `[T, K]`, floating; expert_ids `[T, K]` int64, -1 for a slot not used."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Route `x` `[T, D]`.
 
         Returns:
-            routing_weights: `[T, K]`, dtype of `x`, all one.
-            expert_ids: `[T, K]` int64, by falling logit.
+            routing_weights: `[T, K]`, dtype of `x`.
+            expert_ids: `[T, K]` int64 in `[-1, E)`; -1 is a slot that is not used.
         """
         if torch.is_autocast_enabled(x.device.type):  # rounded logits would choose other experts
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        expert_ids = torch.topk(self.logits(x), self.top_k, dim=-1).indices
-        return torch.ones_like(expert_ids, dtype=x.dtype), expert_ids
+        self.losses = {}
+        routing_weights, expert_ids = self.route(x)
+        if self.weights != "native":
+            routing_weights = straighten(routing_weights, expert_ids, self.weights, keep_gradient=self.training)
+        return routing_weights.to(x.dtype), expert_ids
+
+    def aux_loss(self) -> Tensor:
+        """The losses of the last call in training mode, each times its coefficient: a scalar, 0 if there are none."""
+        terms = [self.coefficients[name] * loss for name, loss in self.losses.items()]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of the constructor, by name."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"num_experts={self.num_experts}, top_k={self.top_k}"
+        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+
+
+class UnitRouter(Router):
+    """The `top_k` experts of the largest logits run, each with routing weight 1: what a split FFN needs.
+
+    Its experts are disjoint parts of one sum. No gradient reaches the logits. A subclass defines `logits`.
+    """
+
+    @property
+    def rule(self) -> WeightRule:
+        """Every weight is 1."""
+        return "one"
+
+    @abc.abstractmethod
+    def logits(self, x: Tensor) -> Tensor:
+        """Score the experts: `[T, D]` to `[T, E]`, fp32."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """By falling logit."""
+        expert_ids = torch.topk(self.logits(x), self.top_k, dim=-1).indices
+        return torch.ones_like(expert_ids, dtype=x.dtype), expert_ids
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in fp32, or fp64 where it is that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def straighten(
+    routing_weights: Tensor, expert_ids: Tensor, rule: Literal["one", "sum"], *, keep_gradient: bool
+) -> Tensor:
+    """Divide weights by their own value, or by their sum, without a gradient through the divisor.
+
+    The experts then add up to the dense FFN at the start of training, and the router still gets the gradient of its own
+    weights, scaled (Switch: `p / stop_gradient(p)`).
+
+    Args:
+        routing_weights: `[T, K]`, above 0 where a slot is used.
+        expert_ids: `[T, K]`, -1 for a slot not used.
+        rule: "one": each used slot has 1. "sum": the used slots of a token sum to 1.
+        keep_gradient: else the ones of "one" are constants.
+
+    Returns:
+        `[T, K]`, 0 for a slot that is not used.
+    """
+    used = (expert_ids >= 0).to(routing_weights.dtype)
+    if rule == "one" and not keep_gradient:
+        return used
+    routing_weights = routing_weights * used
+    value = routing_weights.detach()
+    divisor = value if rule == "one" else value.sum(-1, keepdim=True)
+    return routing_weights / torch.where(divisor > 0, divisor, 1.0)

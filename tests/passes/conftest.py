@@ -113,13 +113,14 @@ class SkippingRouter(Router):
     """Sigmoid weights; slots below one half stay unused (-1)."""
 
     def __init__(self, hidden: int = 16, num_experts: int = 4, top_k: int = 2) -> None:
-        super().__init__(num_experts, top_k)
+        super().__init__(hidden, num_experts, top_k)
+        self.hidden = hidden
         self.weight = nn.Parameter(torch.randn(num_experts, hidden))
 
     def logits(self, x: Tensor) -> Tensor:
         return x @ self.weight.t()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = torch.topk(torch.sigmoid(self.logits(x)), self.top_k)
         return weights, torch.where(weights > 0.5, ids, -1)
 

@@ -72,8 +72,8 @@ def test_a_receipt_that_does_not_hold_stops_the_conversion(monkeypatch: pytest.M
     """Protects: no layer is put in place before it is proven; the fault cannot be provoked with correct code."""
     graph_module = captured(Bert(BertConfig()))
     before = str(graph_module.graph)
-    split = module.split_ffn
-    monkeypatch.setattr(module, "split_ffn", lambda *a, **k: replace(split(*a, **k), receipt=1e-3))
+    make = module.make_experts
+    monkeypatch.setattr(module, "make_experts", lambda *a, **k: replace(make(*a, **k), receipt=1e-3))
     with pytest.raises(VerificationError, match=r"layers\.0\.ffn: with all experts on"):
         run(graph_module, CONFIG, [IDS])
     assert str(graph_module.graph) == before

@@ -1,0 +1,107 @@
+"""One dense FFN -> experts that are copies of it (sparse upcycling, arXiv 2212.05055), or shards of copies.
+
+    upcycle    y = bias + sum over the selected e of w_e G E_e(x)        E_e is shard e mod G of a copy, G = granularity
+    shared     y = FFN(x) + sum over the selected e of w_e E_e(x)        E_e as above with down_proj = 0
+
+The scale G belongs to weights that sum to 1; a weight of 1 in each of K slots has the scale G / K. It goes into
+down_proj alone, which is exact for every activation (`bias` stays outside the experts, and is added once).
+T tokens, D hidden_size, F intermediate_size, E num_experts, K top_k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsify.config import SparsifyConfig
+from sparsify.passes.split.dense_ffn import DenseFFN
+from sparsify.passes.split.experts import Experts, divide, take_neurons
+from sparsify.passes.split.split_ffn import Sample, SplitResult, count_tokens, relative_error
+from sparsify.routers import LinearRouter, Router, make_router
+
+
+def upcycle_ffn(dense: DenseFFN, original: DenseFFN, sample: Sample, config: SparsifyConfig) -> SplitResult:
+    """Copy, route and measure.
+
+    Args:
+        dense: the FFN.
+        original: the same before its vectors were folded; the receipt is taken against it.
+        sample: tokens for the receipt and the reported error.
+        config: `granularity` must divide F.
+
+    Returns:
+        The experts and their router. Where its weights sum to 1 the receipt is taken with its own routes, else with
+        all experts on in equal parts, and `error` says how far the start is from the dense FFN.
+    """
+    router = _make_router(dense, config)
+    exact = _copies(dense, router, config)
+    routed = router(sample.x)
+    by_routes = config.start == "shared" or router.rule != "free"
+    experts = _redraw(exact, config) if config.reinitialise else exact
+    return SplitResult(
+        experts=experts,
+        router=router,
+        receipt=_receipt(original, exact, sample.x, *(routed if by_routes else _everyone(len(sample.x), config))),
+        error=relative_error(experts, router, sample),
+        error_before_refit=None,
+        tokens_per_expert=count_tokens(routed[1], config.num_experts),
+    )
+
+
+def _make_router(dense: DenseFFN, config: SparsifyConfig) -> Router:
+    weight = dense.down.weight
+    width, seed = dense.projections[0].weight.shape[1], config.seed
+    router = make_router(config.router_name, width, config.num_experts, config.top_k, config.options, seed)
+    router.weights = "sum" if config.exact_start else "native"
+    if config.granularity > 1 and isinstance(router, LinearRouter):  # the shards of a copy are chosen together at first
+        copies = router.weight.data[:: config.granularity]
+        router.weight.data.copy_(copies.repeat_interleave(config.granularity, dim=0))
+    return router.to(weight.device).eval()
+
+
+def _copies(dense: DenseFFN, router: Router, config: SparsifyConfig) -> Experts:
+    shards = torch.arange(dense.down.weight.shape[1]).view(config.granularity, -1)
+    experts = divide(dense, shards.repeat(config.num_experts // config.granularity, 1), num_shared=0)
+    if config.start == "shared":
+        whole = take_neurons(dense, torch.arange(dense.down.weight.shape[1]))
+        return replace(experts, down=torch.zeros_like(experts.down), shared=whole)
+    scale = config.granularity / (config.top_k if router.rule == "one" else 1)
+    return replace(experts, down=experts.down * scale)
+
+
+def _everyone(tokens: int, config: SparsifyConfig) -> tuple[Tensor, Tensor]:
+    """Weights and ids of all experts, in equal parts."""
+    ids = torch.arange(config.num_experts).expand(tokens, -1)
+    return torch.full(ids.shape, 1 / config.num_experts), ids
+
+
+def _redraw(experts: Experts, config: SparsifyConfig) -> Experts:
+    """Draw neurons of every expert anew, from the mean and standard deviation of what they replace, per matrix."""
+    generator = torch.Generator().manual_seed(config.seed)
+    num_experts, _, size = experts.down.shape
+    count = round(config.reinitialise * size)
+    chosen = torch.rand(num_experts, size, generator=generator).argsort(1)[:, :count]  # [E, count]
+    drawn = torch.zeros(num_experts, size, dtype=torch.bool).scatter_(1, chosen, True).unsqueeze(-1)
+    return replace(
+        experts,
+        projections=tuple(_drawn(weight, drawn, generator) for weight in experts.projections),
+        down=_drawn(experts.down.transpose(1, 2), drawn, generator).transpose(1, 2).contiguous(),
+    )
+
+
+def _drawn(weight: Tensor, drawn: Tensor, generator: torch.Generator) -> Tensor:
+    """`[E, m, D]`; `drawn` `[E, m, 1]`."""
+    replaced = weight[drawn.expand_as(weight)]
+    noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+    return torch.where(drawn, replaced.mean() + replaced.std() * noise, weight)
+
+
+def _receipt(dense: DenseFFN, experts: Experts, x: Tensor, routing_weights: Tensor, expert_ids: Tensor) -> float:
+    """Max |experts - dense| / max |dense|."""
+    if not len(x):
+        return 0.0
+    expected = dense(x)
+    difference = (experts(x, expert_ids, routing_weights) - expected).abs()
+    return float(difference.max() / expected.abs().max().clamp(min=1e-30))

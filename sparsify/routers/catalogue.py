@@ -1,0 +1,75 @@
+"""Every router that `sparsify(model, router=name)` can take. To add one, write its file and add its class here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sparsify.routers.base import Router
+from sparsify.routers.mlp_router import MLPRouter
+from sparsify.routers.top_k_router import TopKRouter
+
+ROUTERS: tuple[type[Router], ...] = (
+    MLPRouter,
+    TopKRouter,
+)
+
+
+def router_class(name: str) -> type[Router]:
+    """The class of the router that the catalogue calls `name`.
+
+    Raises:
+        ValueError: no router has that name.
+    """
+    for router in ROUTERS:
+        if router.system.name == name:
+            return router
+    names = ", ".join(router.system.name for router in ROUTERS)
+    raise ValueError(f"router must be one of {names}, got {name!r}; `sparsify routers` describes them")
+
+
+def make_router(
+    name: str, hidden_size: int, num_experts: int, top_k: int, options: Mapping[str, Any], seed: int
+) -> Router:
+    """Construct a router; the same seed gives the same weights.
+
+    Args:
+        name: of the catalogue.
+        hidden_size: D.
+        num_experts: routed experts.
+        top_k: of them, for a token.
+        options: further arguments of its constructor.
+        seed: of its initial weights.
+
+    Raises:
+        ValueError: no router has that name, it has no such option, or the numbers do not fit it.
+    """
+    made = router_class(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return made(hidden_size, num_experts, top_k, **options)
+        except TypeError as error:
+            raise ValueError(f"router_options do not fit the router {name!r}: {error}") from error
+
+
+def describe_routers() -> list[dict[str, Any]]:
+    """One plain dict per router of the catalogue, with its default options."""
+    return [_describe(router) for router in ROUTERS]
+
+
+def _describe(router: type[Router]) -> dict[str, Any]:
+    system = router.system
+    example = make_router(system.name, 8, 4, router.default_top_k, {}, seed=0)
+    return {
+        "name": system.name,
+        "paper": system.paper,
+        "mechanism": system.mechanism,
+        "causal": example.causal,
+        "batch_invariant": example.batch_invariant,
+        "exact_at_init": example.rule != "free",
+        "export_form": system.export_form,
+        "needs": list(system.needs),
+    }
