@@ -30,9 +30,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from sparsify.cpu import kernel_status, packed
 from sparsify.cpu.cost_model import processor_name
-from sparsify.cpu.experts import Experts, sort_pairs
+from sparsify.cpu.experts import Experts
 from sparsify.cpu.forms import sorted_linears
 from sparsify.cpu.run import choose_form
+from sparsify.kernels.pairs import sort_pairs
 from sparsify.ops import moe_ffn
 
 _VARIANTS = 16  # of tokens and routing

@@ -1,10 +1,9 @@
-"""The weights of a layer's experts as one value, and the (token, slot) pairs of a batch sorted by expert."""
+"""The weights of a layer's experts as one value."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
@@ -46,30 +45,6 @@ def _double(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double()
 
 
-class SortedPairs(NamedTuple):
-    """Pairs `t * K + k` in the order of their experts, those of an unused slot left out.
-
-    Attributes:
-        pairs: `[n]` int64.
-        tokens: `[n]` int64.
-        counts: pairs of every expert.
-        unused: how many slots hold -1.
-    """
-
-    pairs: Tensor
-    tokens: Tensor
-    counts: list[int]
-    unused: int
-
-
 def pick(bias: Tensor | None, e: int) -> Tensor | None:
     """`[E, N]` to `[N]`, where there is one."""
     return None if bias is None else bias[e]
-
-
-def sort_pairs(expert_ids: Tensor, num_experts: int) -> SortedPairs:
-    """Group the pairs of `expert_ids` `[T, K]`; a stable sort, so the order is the same every time."""
-    flat = expert_ids.reshape(-1)
-    unused, *counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
-    pairs = flat.argsort(stable=True)[unused:]
-    return SortedPairs(pairs, pairs // max(expert_ids.shape[1], 1), counts, unused)

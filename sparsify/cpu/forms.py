@@ -21,7 +21,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from sparsify.cpu import packed
-from sparsify.cpu.experts import Experts, pick, sort_pairs
+from sparsify.cpu.experts import Experts, pick
+from sparsify.kernels.pairs import sort_pairs
 
 Form = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from sparsify.kernels.pairs import sort_pairs
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "squared_relu": lambda z: torch.relu(z).square(),
@@ -46,8 +48,7 @@ def moe_ffn_reference(
     act = ACTIVATIONS[activation]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     by_slot = x.new_zeros((*expert_ids.shape, down_proj.shape[1]), dtype=wide)  # [T, K, D_out]
-    for e in range(up_proj.shape[0]):
-        tokens, slots = torch.nonzero(expert_ids == e, as_tuple=True)
+    for e, (tokens, slots) in enumerate(_by_expert(expert_ids, up_proj.shape[0])):
         rows = x.index_select(0, tokens)
         hidden = functional.linear(rows, up_proj[e], None if up_bias is None else up_bias[e])
         if gate_proj is None:
@@ -59,12 +60,11 @@ def moe_ffn_reference(
     return by_slot.sum(1).to(x.dtype)
 
 
-def _pairs_by_expert(expert_ids: Tensor, num_experts: int) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and slots of every expert, `[n]` each, found in one sort instead of a scan for each."""
-    top_k = max(expert_ids.shape[1], 1)
-    unused, *counts = torch.bincount(expert_ids.flatten() + 1, minlength=num_experts + 1).tolist()
-    pairs = expert_ids.flatten().argsort(stable=True)[unused:].split(counts)
-    return [(part // top_k, part % top_k) for part in pairs]
+def _by_expert(expert_ids: Tensor, num_experts: int) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and slots of every expert, `[n]` each."""
+    sorted_pairs = sort_pairs(expert_ids, num_experts)
+    slots = sorted_pairs.pairs % max(expert_ids.shape[1], 1)
+    return list(zip(sorted_pairs.tokens.split(sorted_pairs.counts), slots.split(sorted_pairs.counts), strict=True))
 
 
 def moe_ffn_backward_reference(
@@ -97,7 +97,7 @@ def moe_ffn_backward_reference(
     d_x, d_weights, _, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias = grads
     d_x = None if d_x is None else d_x.to(wide)
     act, act_backward = ACTIVATIONS[activation], ACTIVATION_BACKWARDS[activation]
-    for e, (tokens, slots) in enumerate(_pairs_by_expert(expert_ids, up_proj.shape[0])):
+    for e, (tokens, slots) in enumerate(_by_expert(expert_ids, up_proj.shape[0])):
         rows, dy = x.index_select(0, tokens), grad.index_select(0, tokens)  # [n, D], [n, D_out]
         weights = routing_weights[tokens, slots].to(wide).unsqueeze(-1)  # [n, 1]
         up = functional.linear(rows, up_proj[e], None if up_bias is None else up_bias[e])
