@@ -93,7 +93,8 @@ class SparseModel(fx.GraphModule):
         made for the top_k of the conversion; another value then costs quality.
 
         Raises:
-            ValueError: `top_k` leaves no routed expert, or exceeds the experts, of some FFN. Nothing is changed then.
+            ValueError: `top_k` leaves no routed expert, or exceeds the experts, of some FFN, or its router cannot
+                choose so many. Nothing is changed then.
         """
         for name, router in self.routers.items():
             shared = self.info.num_shared_experts[name]
@@ -102,6 +103,7 @@ class SparseModel(fx.GraphModule):
                     f"top_k must be between {shared + 1} and {router.num_experts + shared} for {name} "
                     f"({router.num_experts} routed and {shared} shared experts), got {top_k}"
                 )
+            router.check_top_k(top_k - shared)
         for name, router in self.routers.items():
             router.top_k = top_k - self.info.num_shared_experts[name]
 
