@@ -47,9 +47,10 @@ class Router(nn.Module, abc.ABC):
     """
 
     system: ClassVar[System]
+    default_num_experts: ClassVar[int] = 4
     default_top_k: ClassVar[int] = 2
     reads_ids: ClassVar[bool] = False  # `forward` wants an integer for every token
-    reads_groups: ClassVar[bool] = False  # tokens of a sequence compete: `forward` is given `[G, S, D]`
+    reads_groups: ClassVar[bool] = False  # tokens of a group compete: `forward` is given `[G, .., D]`
     mixes: ClassVar[bool] = False  # experts run on mixtures of tokens: see `SoftMoERouter.forward`
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
@@ -111,11 +112,14 @@ class Router(nn.Module, abc.ABC):
         """As `route`, for a router that also reads an integer `ids` `[T]` of every token; others ignore it."""
         return self.route(x)
 
+    def fit_ids(self, ids: Tensor) -> None:
+        """Adapt to the ids `[T]` of the calibration data, before the first call; here nothing."""
+
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
         """Route tokens.
 
         Args:
-            x: `[T, D]`; or `[G, S, D]`, G groups of S tokens and T = G S, for a router that reads groups.
+            x: `[T, D]`; or `[G, .., D]`, G groups of T / G tokens, for a router that reads groups.
             ids: `[T]` int64, for a router that reads ids: token ids, or labels.
 
         Returns:
@@ -135,6 +139,12 @@ class Router(nn.Module, abc.ABC):
         """The losses of the last call in training mode, each times its coefficient: a scalar, 0 if there are none."""
         terms = [self.coefficients[name] * loss for name, loss in self.losses.items()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def after_step(self) -> None:
+        """Adapt what no gradient moves, such as the bias of DeepSeek-V3, after a step of the optimiser; here nothing.
+
+        `SparseModel.after_step` calls it on every router.
+        """
 
     def options(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""

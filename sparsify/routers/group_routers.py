@@ -14,7 +14,10 @@ _INIT_STD = 0.02
 
 
 class GroupRouter(Router):
-    """`forward` is given `[G, S, D]`; `[T, D]` is one group. A subclass defines `route_groups`."""
+    """`forward` is given `[G, .., D]`: the tokens of each of G entries are a group, and `[T, D]` is one group.
+
+    A subclass defines `route_groups`.
+    """
 
     reads_groups: ClassVar[bool] = True
 
@@ -38,8 +41,13 @@ class GroupRouter(Router):
         """`x` `[G, S, D]` -> routing_weights, expert_ids, `[T, K]` each."""
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens without groups are one."""
-        return self.route_groups(x if x.dim() == 3 else x.unsqueeze(0))
+        """As `route_groups`."""
+        return self.route_groups(as_groups(x))
+
+
+def as_groups(x: Tensor) -> Tensor:
+    """`[T, D]` or `[G, .., D]` to `[G, S, D]`."""
+    return x.unsqueeze(0) if x.dim() == 2 else x.flatten(1, -2)
 
 
 def small_weight(*shape: int) -> nn.Parameter:

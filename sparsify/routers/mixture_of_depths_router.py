@@ -27,9 +27,10 @@ class MixtureOfDepthsRouter(GroupRouter):
     system = System(
         name="mixture-of-depths",
         paper="Mixture-of-Depths: Dynamically allocating compute in transformers (arXiv 2404.02258)",
-        mechanism="the FFN runs for the best tokens of a sequence in training, for those a predictor names at inference",
+        mechanism="training: the FFN runs for the best tokens of a sequence; inference: for those a predictor names",
         export_form="mask",
     )
+    default_num_experts = 1
     default_top_k = 1
 
     def __init__(
@@ -88,7 +89,7 @@ class MixtureOfDepthsRouter(GroupRouter):
             used = self._predicted(x) >= 0
         else:
             used = largest(scores, -(-x.shape[1] * round(self.capacity * _PARTS) // _PARTS))
-        if self.predictor and self.training:
+        if self.predictor and self.training and used.numel():
             self.losses["predictor"] = nn.functional.binary_cross_entropy_with_logits(
                 self._predicted(wide(x).detach()), used.to(scores.dtype)
             )
