@@ -19,6 +19,7 @@ from sparsify.passes.calibrate import Call, read_batches, without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, same_random_numbers
 from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart, capture_parts
 from sparsify.passes.convert import convert
+from sparsify.passes.find_causality import refuse_non_causal
 from sparsify.passes.find_ffns import FoundFFNs, find_ffns
 from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.match_ffn import FFNMatch, Rejection
@@ -126,6 +127,7 @@ def sparsify(
         NoFFNError: the model has no FFN that can be split.
         SelectionError: `select`, `overrides` or `plan` do not fit the FFNs of the model, or ask for more experts than
             one of them has neurons for.
+        CausalityError: the model is causal and the router is not.
         CalibrationError: the calibration data is empty, does not fit, or leads to values that are not finite.
     """
     _refuse_contradiction(plan, options)
@@ -136,6 +138,7 @@ def sparsify(
     found = clock.run("match", lambda: find_ffns(model, captured, args, kwargs))
     _require_ffn(model, found)
     plan = make_plan(found.matches, config) if plan is None else fit_plan(plan, found.matches, config)
+    refuse_non_causal(found.parts, plan, config)
     expected, parameters_before = _dense_outputs(model, args, kwargs), _count(model)
     batches = _read(calibration, plan, config)
     convert_found = _convert_whole if found.is_whole else convert_parts
