@@ -208,7 +208,8 @@ def _convert_whole(
     sparse.train(model.training)
     shared = {layer.name: layer.num_shared_experts for layer in plan.layers if layer.converts}
     covers = {name: whole.covers[name] for name in results}
-    sparse.info = SparseModelInfo(*example, shared, None, covers)
+    shards = {} if config.start == "split" else dict.fromkeys(results, config.granularity)
+    sparse.info = SparseModelInfo(*example, shared, None, covers, shards)
     return Conversion(sparse, plan, results, tokens)
 
 
