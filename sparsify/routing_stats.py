@@ -33,7 +33,8 @@ class LayerRouting:
     Attributes:
         name: of the FFN.
         tokens: T, that were routed; padding is left out.
-        tokens_per_expert: `[E]`, assignments of each routed expert; shared experts, which have all, are left out.
+        tokens_per_expert: `[E]`, assignments of each routed expert; shared experts, which have all, are left out. Where
+            experts run on mixtures of tokens (Soft MoE), these count, here and in `together`.
         slots: K, columns of a route; the most experts that one token can have.
         unrouted_tokens: tokens that no expert takes: dropped over capacity, or left out by choice.
         together: `[E, E]` int64: tokens that have both experts; on the diagonal, those that have the one.
@@ -158,99 +159,44 @@ class RoutingStats:
 class RoutingRecorder:
     """Adds up the routes that it is shown."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._routes: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._ids: dict[str, list[Tensor | None]] = {name: [] for name in names}
+    def __init__(self, num_experts: Mapping[str, int]) -> None:
+        """Start with none; `num_experts` by the name of the FFN."""
+        self._num_experts = num_experts
+        self._routes: dict[str, list[Tensor]] = {name: [] for name in num_experts}
+        self._ids: dict[str, list[Tensor | None]] = {name: [] for name in num_experts}
+        self._mixed: dict[str, int] = dict.fromkeys(num_experts, 0)
         self._call: Call | None = None
 
-    def start(self, call: Call | None) -> None:
-        """What the model is called with next; it tells padding and token ids. None if that is not known."""
+    def start(self, call: Call) -> None:
+        """What the model is called with next; it tells padding and token ids."""
         self._call = call
 
-    def add(self, name: str, expert_ids: Tensor) -> None:
-        """One call of a router: `expert_ids` `[T, K]`."""
+    def add(self, name: str, expert_ids: Tensor, tokens: int | None = None) -> None:
+        """One call of a router.
+
+        Args:
+            name: of the FFN.
+            expert_ids: `[T, K]`; `[N, K]` where experts run on N mixtures of the tokens.
+            tokens: T, where that is not N.
+        """
         expert_ids = expert_ids.detach().cpu()
         ids = _token_ids(self._call, len(expert_ids))
         mask = None if self._call is None else self._call.mask
-        if mask is not None and mask.numel() == len(expert_ids):
+        if tokens is not None and tokens != len(expert_ids):
+            self._mixed[name] += tokens
+            ids = None
+        elif mask is not None and mask.numel() == len(expert_ids):
             kept = mask.reshape(-1).cpu()
             expert_ids, ids = expert_ids[kept], None if ids is None else ids[kept]
         self._routes[name].append(expert_ids)
         self._ids[name].append(ids)
 
-    def stats(self, num_experts: Mapping[str, int]) -> RoutingStats:
-        """What was recorded; `num_experts` by the name of the FFN."""
-        return RoutingStats(
-            tuple(
-                _summarise(name, routes, self._ids[name], num_experts[name])
-                for name, routes in self._routes.items()
-                if routes
-            )
-        )
+    def stats(self) -> RoutingStats:
+        """What was recorded."""
+        found = [(name, routes) for name, routes in self._routes.items() if routes]
+        return RoutingStats(tuple(self._summarise(name, torch.cat(routes)) for name, routes in found))
 
-
-@contextlib.contextmanager
-def record_routing(sparse: SparseModel) -> Generator[RoutingRecorder]:
-    """Record every route in this context, of calls in training too; `recorder.stats(...)` adds them up."""
-    routers = sparse.routers
-    recorder = RoutingRecorder(routers)
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, route: recorder.add(name, route[1])
-
-    handles = [router.register_forward_hook(hook(name)) for name, router in routers.items()]
-    try:
-        yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def routing_stats(sparse: SparseModel, batches: Iterable[object]) -> RoutingStats:
-    """Run the model on `batches`, in evaluation mode, and add up where their tokens go.
-
-    Args:
-        sparse: left as it is.
-        batches: `(args, kwargs)`, tuples, dicts or tensors; positions where a keyword `attention_mask` is 0 are left
-            out.
-    """
-    with evaluation_mode(sparse), record_routing(sparse) as recorder:
-        for batch in batches:
-            call = as_call(batch)
-            recorder.start(call)
-            sparse(*call.args, **call.kwargs)
-    return recorder.stats({name: router.num_experts for name, router in sparse.routers.items()})
-
-
-def _token_ids(call: Call | None, tokens: int) -> Tensor | None:
-    """The first integer input with one number for every token, `[T]`."""
-    for leaf in tensor_leaves((call.args, call.kwargs)) if call else ():
-        if leaf.dtype in (torch.int64, torch.int32) and leaf.numel() == tokens and leaf.numel():
-            ids = leaf.reshape(-1).cpu().long()
-            return ids if int(ids.min()) >= 0 and int(ids.max()) < _MOST_IDS else None
-    return None
-
-
-def _summarise(name: str, routes: Sequence[Tensor], ids: Sequence[Tensor | None], num_experts: int) -> LayerRouting:
-    expert_ids = torch.cat(list(routes))  # [T, K]
-    used = torch.zeros(len(expert_ids), num_experts + 1)  # [T, E + 1], the last for slots that are not used
-    used.scatter_(1, torch.where(expert_ids >= 0, expert_ids, num_experts), 1.0)
-    used = used[:, :-1]
-    known = [part for part in ids if part is not None]
-    per_id = _count_ids(used, torch.cat(known)) if len(known) == len(ids) else None
-    return LayerRouting(
-        name=name,
-        tokens=len(used),
-        tokens_per_expert=tuple(int(load) for load in used.sum(0)),
-        slots=expert_ids.shape[1],
-        unrouted_tokens=int((used.sum(1) == 0).sum()),
-        together=(used.double().t() @ used.double()).long(),
-        ids_per_expert=per_id,
-    )
-
-
-def _count_ids(used: Tensor, ids: Tensor) -> Tensor:
+    def _count_ids(used: Tensor, ids: Tensor) -> Tensor:
     """`[T, E]` and `[T]` to `[E, V]`."""
     counts = torch.zeros(int(ids.max()) + 1 if len(ids) else 0, used.shape[1], dtype=torch.float64)
     return counts.index_add_(0, ids, used.double()).long().t()

@@ -58,16 +58,24 @@ def test_is_quiet_about_the_model(sparse: SparseModel) -> None:
 
 def test_collapse_and_balance() -> None:
     """Protects: 1 and 0 at perfect balance, E and sqrt(E - 1) at collapse; slots that are not used do not count."""
-    recorder = RoutingRecorder(["even", "one", "none"])
+    recorder = RoutingRecorder(dict.fromkeys(("even", "one", "none"), 4))
     recorder.add("even", torch.arange(8).view(4, 2) % 4)
     recorder.add("one", torch.tensor([[2, -1]] * 4))
     recorder.add("none", torch.full((4, 2), -1))
-    even, one, none = recorder.stats(dict.fromkeys(("even", "one", "none"), 4)).layers
+    even, one, none = recorder.stats().layers
     assert (even.max_load, even.load_variation, even.idle_experts, even.unrouted_share) == (1.0, 0.0, 0, 0.0)
     assert (one.max_load, one.load_variation, one.idle_experts) == (4.0, pytest.approx(3**0.5), 3)
     assert (none.max_load, none.unrouted_share, none.experts_per_token) == (0.0, 1.0, 0.0)
     with pytest.raises(LookupError, match="no input of the model gives an id"):
         even.top_ids(0)
+
+
+def test_mixtures_are_counted_by_token() -> None:
+    """Protects: six mixtures of twelve tokens are half an expert a token, and no token is left out."""
+    recorder = RoutingRecorder({"soft": 3})
+    recorder.add("soft", torch.arange(6).remainder(3).view(6, 1), tokens=12)
+    (soft,) = recorder.stats().layers
+    assert (soft.experts_per_token, soft.unrouted_tokens, soft.tokens) == (0.5, 0, 12)
 
 
 def test_records_training_too() -> None:
@@ -78,7 +86,7 @@ def test_records_training_too() -> None:
     with record_routing(trained) as recorder:
         trained(x)
         trained(x[:4])
-    (layer,) = recorder.stats({name: r.num_experts for name, r in trained.routers.items()}).layers
+    (layer,) = recorder.stats().layers
     assert sum(layer.tokens_per_expert) == layer.tokens == 10
     assert layer.ids_per_expert is None
 
