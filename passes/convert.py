@@ -33,6 +33,7 @@ from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
 from sparsify.passes.split.fold_vectors import fold_vectors
 from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out
 from sparsify.passes.split.statistics import chunks
+from sparsify.passes.upcycle_ffn import starts_exact
 from sparsify.passes.verify import check_receipt
 
 _SYNTHETIC_TOKENS = 4096
@@ -45,7 +46,7 @@ class ConvertedLayer:
 
     Attributes:
         neurons_per_token: neurons that run for a token, of routed and shared experts.
-        gap: the start is not exact, as the routing weights scale the experts; `error` says by how much.
+        gap: the start is not exact, as routing weights scale experts or tokens are left out; `error` says by how much.
         num_parameters: of experts and router.
         router_flops: per token, 2 per multiply-add.
         unfused: why its experts run as a chain of ops, not as one; None where they are one.
@@ -140,7 +141,7 @@ def _summary(result: SplitResult, options: SparsifyConfig) -> ConvertedLayer:
     always = 0 if shared is None else shared.down.weight.shape[1]
     return ConvertedLayer(
         neurons_per_token=result.router.top_k * result.experts.down.shape[2] + always,
-        gap=options.start != "shared" and result.router.rule == "free",
+        gap=options.start != "shared" and not starts_exact(result.router),
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
         router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
         receipt=result.receipt,

@@ -32,13 +32,13 @@ def upcycle_ffn(dense: DenseFFN, original: DenseFFN, sample: Sample, config: Spa
         config: `granularity` must divide F.
 
     Returns:
-        The experts and their router. Where its weights sum to 1 the receipt is taken with its own routes, else with
-        all experts on in equal parts, and `error` says how far the start is from the dense FFN.
+        The experts and their router. Where `starts_exact` the receipt is taken with its own routes, else with all
+        experts on in equal parts, and `error` says how far the start is from the dense FFN.
     """
     router = _make_router(dense, config)
     exact = _copies(dense, router, config)
     routed = router(sample.x)
-    by_routes = config.start == "shared" or router.rule != "free"
+    by_routes = config.start == "shared" or starts_exact(router)
     experts = _redraw(exact, config) if config.reinitialise else exact
     return SplitResult(
         experts=experts,
@@ -48,6 +48,11 @@ def upcycle_ffn(dense: DenseFFN, original: DenseFFN, sample: Sample, config: Spa
         error_before_refit=None,
         tokens_per_expert=count_tokens(routed[1], config.num_experts),
     )
+
+
+def starts_exact(router: Router) -> bool:
+    """Copies behind it are the dense FFN: the weights are known, and no token is left out for the sake of others."""
+    return router.rule != "free" and router.batch_invariant
 
 
 def _make_router(dense: DenseFFN, config: SparsifyConfig) -> Router:

@@ -90,6 +90,15 @@ class SparseModel(fx.GraphModule):
         losses = [router.aux_loss() for router in self.routers.values()]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else torch.zeros(())
 
+    def after_step(self, *_: object) -> None:
+        """Let every router adapt what no gradient moves: biases that balance the load, schedules.
+
+        Call it after every step of the optimiser, once, or have torch do so:
+        `optimizer.register_step_post_hook(sparse.after_step)`. Routers that need it say so (`sparsify routers`).
+        """
+        for router in self.routers.values():
+            router.after_step()
+
     def set_top_k(self, top_k: int) -> None:
         """Run `top_k` experts a token in every converted FFN, shared experts included.
 
@@ -97,7 +106,8 @@ class SparseModel(fx.GraphModule):
         made for the top_k of the conversion; another value then costs quality.
 
         Raises:
-            ValueError: `top_k` leaves no routed expert, or exceeds the experts, of some FFN. Nothing is changed then.
+            ValueError: `top_k` leaves no routed expert, or exceeds the experts, of some FFN, or its router cannot
+                choose so many. Nothing is changed then.
         """
         for name, router in self.routers.items():
             shared = self.info.num_shared_experts[name]
@@ -106,6 +116,7 @@ class SparseModel(fx.GraphModule):
                     f"top_k must be between {shared + 1} and {router.num_experts + shared} for {name} "
                     f"({router.num_experts} routed and {shared} shared experts), got {top_k}"
                 )
+            router.check_top_k(top_k - shared)
         for name, router in self.routers.items():
             router.top_k = top_k - self.info.num_shared_experts[name]
 

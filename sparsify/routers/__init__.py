@@ -6,6 +6,7 @@ from sparsify.routers.base import Router, System, UnitRouter, WeightRule
 from sparsify.routers.catalogue import ROUTERS, describe_routers, make_router, router_class
 from sparsify.routers.linear_router import LinearRouter
 from sparsify.routers.mlp_router import MLPRouter
+from sparsify.routers.token_choice import TokenChoiceRouter
 from sparsify.routers.top_k_router import TopKRouter
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MLPRouter",
     "Router",
     "System",
+    "TokenChoiceRouter",
     "TopKRouter",
     "UnitRouter",
     "WeightRule",

@@ -51,14 +51,22 @@ class Router(nn.Module, abc.ABC):
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must be between 1 and the {num_experts} routed experts, got {top_k}")
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.weights: Literal["native", "one", "sum"] = "native"  # see `straighten`
         self.losses: dict[str, Tensor] = {}
         self.coefficients: dict[str, float] = {}
+        self.check_top_k(top_k)
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuse a number of experts that the router cannot choose.
+
+        Raises:
+            ValueError: says what is allowed.
+        """
+        if not 1 <= top_k <= self.num_experts:
+            raise ValueError(f"top_k must be between 1 and the {self.num_experts} routed experts, got {top_k}")
 
     @property
     def num_slots(self) -> int:
@@ -105,10 +113,15 @@ class Router(nn.Module, abc.ABC):
         terms = [self.coefficients[name] * loss for name, loss in self.losses.items()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
+    def after_step(self) -> None:
+        """Adapt what no gradient moves, such as the bias of DeepSeek-V3, after a step of the optimiser; here nothing.
+
+        `SparseModel.after_step` calls it on every router.
+        """
+
     def options(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _arguments(type(self))}
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -134,6 +147,19 @@ class UnitRouter(Router):
         """By falling logit."""
         expert_ids = torch.topk(self.logits(x), self.top_k, dim=-1).indices
         return torch.ones_like(expert_ids, dtype=x.dtype), expert_ids
+
+
+def _arguments(router: type[Router]) -> list[str]:
+    """Names of what the constructor takes; `**options` stands for the arguments of the next class."""
+    names: list[str] = []
+    for made in router.__mro__:
+        if "__init__" not in vars(made):
+            continue
+        parameters = list(inspect.signature(made.__init__).parameters.values())[1:]
+        names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in names]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return names
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -165,3 +191,13 @@ def straighten(
     value = routing_weights.detach()
     divisor = value if rule == "one" else value.sum(-1, keepdim=True)
     return routing_weights / torch.where(divisor > 0, divisor, 1.0)
+
+
+def require_one(name: str, top_k: int) -> None:
+    """Refuse more than one expert a token.
+
+    Raises:
+        ValueError: `top_k` is not 1.
+    """
+    if top_k != 1:
+        raise ValueError(f"the router {name!r} sends every token to one expert, got top_k={top_k}; give top_k=1")

@@ -8,12 +8,34 @@ from typing import Any
 import torch
 
 from sparsify.routers.base import Router
+from sparsify.routers.deepseek_moe_router import DeepSeekMoERouter
+from sparsify.routers.deepseek_v3_router import DeepSeekV3Router
+from sparsify.routers.dts_router import DTSRouter
+from sparsify.routers.gshard_router import GShardRouter
+from sparsify.routers.limoe_router import LIMoERouter
+from sparsify.routers.m6_t_router import M6TRouter
 from sparsify.routers.mlp_router import MLPRouter
+from sparsify.routers.noisy_top_k_router import NoisyTopKRouter
+from sparsify.routers.st_moe_router import STMoERouter
+from sparsify.routers.switch_router import SwitchRouter
 from sparsify.routers.top_k_router import TopKRouter
+from sparsify.routers.v_moe_router import VMoERouter
+from sparsify.routers.x_moe_router import XMoERouter
 
 ROUTERS: tuple[type[Router], ...] = (
     MLPRouter,
     TopKRouter,
+    NoisyTopKRouter,
+    SwitchRouter,
+    GShardRouter,
+    STMoERouter,
+    VMoERouter,
+    M6TRouter,
+    DTSRouter,
+    XMoERouter,
+    LIMoERouter,
+    DeepSeekMoERouter,
+    DeepSeekV3Router,
 )
 
 
