@@ -47,7 +47,11 @@ class Router(nn.Module, abc.ABC):
     """
 
     system: ClassVar[System]
+    default_num_experts: ClassVar[int] = 4
     default_top_k: ClassVar[int] = 2
+    reads_ids: ClassVar[bool] = False  # `forward` wants an integer for every token
+    reads_groups: ClassVar[bool] = False  # tokens of a sequence compete: `forward` is given `[G, S, D]`
+    mixes: ClassVar[bool] = False  # experts run on mixtures of tokens: see `SoftMoERouter.forward`
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -56,7 +60,7 @@ class Router(nn.Module, abc.ABC):
         self.top_k = top_k
         self.weights: Literal["native", "one", "sum"] = "native"  # see `straighten`
         self.losses: dict[str, Tensor] = {}
-        self.coefficients: dict[str, float] = {}
+        self.coefficients: dict[str, float | Tensor] = {}
         self.check_top_k(top_k)
 
     def check_top_k(self, top_k: int) -> None:
@@ -68,6 +72,13 @@ class Router(nn.Module, abc.ABC):
         if not 1 <= top_k <= self.num_experts:
             raise ValueError(f"top_k must be between 1 and the {self.num_experts} routed experts, got {top_k}")
 
+    def check_group(self, tokens: int) -> None:
+        """Refuse groups of `tokens` tokens that the router cannot route; all can be, unless it reads groups.
+
+        Raises:
+            ValueError: says what to change.
+        """
+
     @property
     def num_slots(self) -> int:
         """K: columns of what `forward` returns, `top_k` unless the number of experts differs from token to token."""
@@ -77,6 +88,11 @@ class Router(nn.Module, abc.ABC):
     def rule(self) -> WeightRule:
         """What is known of the weights at inference, nothing dropped."""
         return "free" if self.weights == "native" else self.weights
+
+    @property
+    def start_sum(self) -> float | None:
+        """What the weights of every token sum to before any training; None where that is not known."""
+        return {"one": float(self.num_slots), "sum": 1.0, "free": None}[self.rule]
 
     @property
     def causal(self) -> bool:
@@ -92,8 +108,16 @@ class Router(nn.Module, abc.ABC):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` `[T, D]` -> routing_weights `[T, K]`, floating; expert_ids `[T, K]` int64, -1 for a slot not used."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Route `x` `[T, D]`.
+    def route_by_id(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `route`, for a router that also reads an integer `ids` `[T]` of every token; others ignore it."""
+        return self.route(x)
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Route tokens.
+
+        Args:
+            x: `[T, D]`; or `[G, S, D]`, G groups of S tokens and T = G S, for a router that reads groups.
+            ids: `[T]` int64, for a router that reads ids: token ids, or labels.
 
         Returns:
             routing_weights: `[T, K]`, dtype of `x`.
@@ -101,9 +125,9 @@ class Router(nn.Module, abc.ABC):
         """
         if torch.is_autocast_enabled(x.device.type):  # rounded logits would choose other experts
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x)
+                return self.forward(x, ids)
         self.losses = {}
-        routing_weights, expert_ids = self.route(x)
+        routing_weights, expert_ids = self.route(x) if ids is None else self.route_by_id(x, ids)
         if self.weights != "native":
             routing_weights = straighten(routing_weights, expert_ids, self.weights, keep_gradient=self.training)
         return routing_weights.to(x.dtype), expert_ids
@@ -122,6 +146,10 @@ class Router(nn.Module, abc.ABC):
     def options(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""
         return {name: getattr(self, name) for name in _arguments(type(self))}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies get: a loss belongs to one call, and torch refuses to copy what has a gradient to compute."""
+        return {**self.__dict__, "losses": {}}
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -176,7 +204,7 @@ def straighten(
     weights, scaled (Switch: `p / stop_gradient(p)`).
 
     Args:
-        routing_weights: `[T, K]`, above 0 where a slot is used.
+        routing_weights: `[T, K]`, not 0 where a slot is used.
         expert_ids: `[T, K]`, -1 for a slot not used.
         rule: "one": each used slot has 1. "sum": the used slots of a token sum to 1.
         keep_gradient: else the ones of "one" are constants.
@@ -190,7 +218,21 @@ def straighten(
     routing_weights = routing_weights * used
     value = routing_weights.detach()
     divisor = value if rule == "one" else value.sum(-1, keepdim=True)
-    return routing_weights / torch.where(divisor > 0, divisor, 1.0)
+    return routing_weights / torch.where(divisor != 0, divisor, 1.0)
+
+
+def where_used(weights: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots for a router whose number of experts differs from token to token: slot e belongs to expert e.
+
+    Args:
+        weights: `[T, E]`.
+        used: `[T, E]` bool.
+
+    Returns:
+        routing_weights `[T, E]`, 0 where not used; expert_ids `[T, E]`, -1 where not used.
+    """
+    experts = torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
+    return weights * used, torch.where(used, experts, -1)
 
 
 def require_one(name: str, top_k: int) -> None:
