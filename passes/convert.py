@@ -37,6 +37,7 @@ from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out
 from sparsify.passes.split.statistics import chunks
 from sparsify.passes.thread_ids import IdSource, thread_ids
 from sparsify.passes.token_layout import group_size
+from sparsify.passes.upcycle_ffn import starts_exact
 from sparsify.passes.verify import check_receipt
 from sparsify.routers import Router, router_class
 
@@ -50,7 +51,7 @@ class ConvertedLayer:
 
     Attributes:
         neurons_per_token: neurons that run for a token, of routed and shared experts.
-        gap: the start is not exact, as the routing weights scale the experts; `error` says by how much.
+        gap: the start is not exact, as routing weights scale experts or tokens are left out; `error` says by how much.
         num_parameters: of experts and router.
         router_flops: per token, 2 per multiply-add.
         group: how many tokens compete for its experts at the example inputs, for a router that reads groups; 0 where
@@ -178,7 +179,7 @@ def _summary(result: SplitResult, options: SparsifyConfig, tokens: int) -> Conve
     active = sum(result.tokens_per_expert) / tokens if varies else result.router.top_k
     return ConvertedLayer(
         neurons_per_token=round(active * result.experts.down.shape[2]) + always,
-        gap=options.start != "shared" and result.router.start_sum is None,
+        gap=options.start != "shared" and not starts_exact(result.router),
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
         router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
         receipt=result.receipt,

@@ -36,15 +36,15 @@ def upcycle_ffn(
         ids: `[T]` of calibration data, for a router that reads ids.
 
     Returns:
-        The experts and their router. Where the sum of its weights is known the receipt is taken with its own routes,
-        else with all experts on in equal parts, and `error` says how far the start is from the dense FFN.
+        The experts and their router. Where `starts_exact` the receipt is taken with its own routes, else with all
+        experts on in equal parts, and `error` says how far the start is from the dense FFN.
     """
     router = _make_router(dense, config)
     if ids is not None:
         router.fit_ids(ids)
     exact = _copies(dense, router, config)
     expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
-    by_routes = config.start == "shared" or router.start_sum is not None
+    by_routes = config.start == "shared" or starts_exact(router)
     experts = _redraw(exact, config) if config.reinitialise else exact
     return SplitResult(
         experts=experts,
@@ -54,6 +54,11 @@ def upcycle_ffn(
         error_before_refit=None,
         tokens_per_expert=count_tokens(expert_ids, config.num_experts),
     )
+
+
+def starts_exact(router: Router) -> bool:
+    """Copies behind it are the dense FFN: the weights are known, and no token is left out for the sake of others."""
+    return router.start_sum is not None and router.batch_invariant
 
 
 def _make_router(dense: DenseFFN, config: SparsifyConfig) -> Router:

@@ -20,6 +20,7 @@ from sparsify.passes.calibrate import Call, as_call, read_batches, without_paddi
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, same_random_numbers
 from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart, capture_parts
 from sparsify.passes.convert import convert
+from sparsify.passes.find_causality import refuse_non_causal
 from sparsify.passes.find_ffns import FoundFFNs, find_ffns
 from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.match_ffn import FFNMatch, Rejection
@@ -128,6 +129,7 @@ def sparsify(
         NoFFNError: the model has no FFN that can be split.
         SelectionError: `select`, `overrides` or `plan` do not fit the FFNs of the model, or ask for more experts than
             one of them has neurons for; or the model has no ids or groups of tokens as the router needs them.
+        CausalityError: the model is causal and the router is not.
         CalibrationError: the calibration data is empty, does not fit, or leads to values that are not finite.
     """
     _refuse_contradiction(plan, options)
@@ -139,6 +141,7 @@ def sparsify(
     found = clock.run("match", lambda: find_ffns(model, captured, args, kwargs))
     _require_ffn(model, found)
     plan = make_plan(found.matches, config) if plan is None else fit_plan(plan, found.matches, config)
+    refuse_non_causal(found.parts, plan, config)
     expected, parameters_before = _dense_outputs(model, args, kwargs), _count(model)
     ids, kwargs = read_ids(found, config, added), {**kwargs, **added}
     batches = _read(calibration, plan, config)
@@ -214,7 +217,8 @@ def _convert_whole(
     sparse.train(model.training)
     shared = {layer.name: layer.num_shared_experts for layer in plan.layers if layer.converts}
     covers = {name: whole.covers[name] for name in results}
-    sparse.info = SparseModelInfo(*example, shared, None, covers)
+    shards = {} if config.start == "split" else dict.fromkeys(results, config.granularity)
+    sparse.info = SparseModelInfo(*example, shared, None, covers, shards)
     return Conversion(sparse, plan, results, tokens)
 
 

@@ -66,6 +66,8 @@ class SparsifyConfig:
             the divisor. A router whose weights do not sum to 1 then starts as the dense model, and learns from there.
         granularity: cut every copy into this many shards, each an expert of its own, `num_experts` in all (granular
             upcycling, arXiv 2410.07524). Only for "upcycle" and "shared".
+        allow_non_causal: convert a causal model even where the router chooses by looking at later tokens. Training and
+            scores of whole sequences then see the future, and generation, which does not, gives something else.
         reinitialise: share of the neurons of every copy that is drawn anew, so that copies come apart in training
             (Drop-Upcycling, arXiv 2502.19261, uses 0.5). Only for "upcycle"; the start is not exact then.
         select: which FFNs to convert. "auto": those that map the hidden size to itself and are wide enough to pay;
@@ -98,6 +100,7 @@ class SparsifyConfig:
     router_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     ids_input: str | None = None
     exact_start: bool = False
+    allow_non_causal: bool = False
     granularity: int = 1
     reinitialise: float = 0.0
     select: Select = "auto"

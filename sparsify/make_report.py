@@ -131,8 +131,9 @@ def conversion_notes(
     free = [name for name, result in results.items() if result.gap]
     if free:
         notes.append(
-            f"the routing weights scale the experts, so the start is not the dense model ({', '.join(free)}); the "
-            "errors above say by how much, and exact_start=True makes it exact where all experts of a token run"
+            "the routing weights scale the experts, or a capacity leaves tokens out, so the start is not the dense "
+            f"model ({', '.join(free)}); the errors above say by how much, and exact_start=True makes it exact where "
+            "all experts of a token run"
         )
     if weights_only and copies:
         notes += ["no calibration data was needed: every expert is a copy of its FFN"]

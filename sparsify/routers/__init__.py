@@ -8,6 +8,7 @@ from sparsify.routers.id_routers import IdRouter, LabelRouter
 from sparsify.routers.linear_router import LinearRouter
 from sparsify.routers.mlp_router import MLPRouter
 from sparsify.routers.policy_routers import PolicyRouter
+from sparsify.routers.token_choice import TokenChoiceRouter
 from sparsify.routers.top_k_router import TopKRouter
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PolicyRouter",
     "Router",
     "System",
+    "TokenChoiceRouter",
     "TopKRouter",
     "UnitRouter",
     "WeightRule",

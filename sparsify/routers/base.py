@@ -148,8 +148,7 @@ class Router(nn.Module, abc.ABC):
 
     def options(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _arguments(type(self))}
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies get: a loss belongs to one call, and torch refuses to copy what has a gradient to compute."""
@@ -179,6 +178,19 @@ class UnitRouter(Router):
         """By falling logit."""
         expert_ids = torch.topk(self.logits(x), self.top_k, dim=-1).indices
         return torch.ones_like(expert_ids, dtype=x.dtype), expert_ids
+
+
+def _arguments(router: type[Router]) -> list[str]:
+    """Names of what the constructor takes; `**options` stands for the arguments of the next class."""
+    names: list[str] = []
+    for made in router.__mro__:
+        if "__init__" not in vars(made):
+            continue
+        parameters = list(inspect.signature(made.__init__).parameters.values())[1:]
+        names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in names]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return names
 
 
 def wide(tensor: Tensor) -> Tensor:
