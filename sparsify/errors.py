@@ -19,6 +19,10 @@ class SelectionError(SparsifyError, ValueError):
     """`select`, `overrides` or `plan` do not fit the feed-forward layers of the model."""
 
 
+class CausalityError(SparsifyError, ValueError):
+    """A router would let tokens of a causal model depend on later ones."""
+
+
 class CalibrationError(SparsifyError, ValueError):
     """The calibration data is empty, does not fit the model, or leads to values that are not finite."""
 

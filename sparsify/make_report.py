@@ -121,11 +121,19 @@ def conversion_notes(
         f"no fused kernel, so experts run as a chain of ops, more slowly: {reason} ({', '.join(names)})"
         for reason, names in reasons.items()
     ]
+    groups: dict[int, list[str]] = {}
+    for name, result in results.items():
+        if result.group is not None:
+            groups.setdefault(result.group, []).append(name)
+    for size, names in groups.items():
+        group = f"the {size} tokens of each entry of the batch" if size else "all tokens of a call"
+        notes.append(f"at the sizes of the example inputs {group} compete for experts ({', '.join(names)})")
     free = [name for name, result in results.items() if result.gap]
     if free:
         notes.append(
-            f"the routing weights scale the experts, so the start is not the dense model ({', '.join(free)}); the "
-            "errors above say by how much, and exact_start=True makes it exact where all experts of a token run"
+            "the routing weights scale the experts, or a capacity leaves tokens out, so the start is not the dense "
+            f"model ({', '.join(free)}); the errors above say by how much, and exact_start=True makes it exact where "
+            "all experts of a token run"
         )
     if weights_only and copies:
         notes += ["no calibration data was needed: every expert is a copy of its FFN"]

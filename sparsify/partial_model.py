@@ -66,6 +66,17 @@ class PartialSparseModel(SparseModel):
             "with the same options and load it into the new sparse.original."
         )
 
+    def to_dense(self) -> fx.GraphModule:
+        """Refuse: there is no graph of the whole model.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{type(self.original).__name__} was not traced as a whole (see the notes of the report), so it cannot be "
+            "rewritten as a dense model; keep the dense model that was converted"
+        )
+
     def _module_of(self, name: str) -> Any:
         return self.original.get_submodule(self.info.covers[name].modules[0])
 

@@ -148,6 +148,7 @@ def _encode_model(sparse: SparseModel) -> tuple[dict[str, Any], dict[str, Tensor
         "torch_version": torch.__version__,
         "training": sparse.training,
         "num_shared_experts": info.num_shared_experts,
+        "shards": dict(info.shards),
         "covers": {name: asdict(cover) for name, cover in info.covers.items()},
         "example_inputs": {
             "spec": encode_tree_spec(spec),
@@ -175,7 +176,8 @@ def _decode_model(document: dict[str, Any], file: Any) -> SparseModel:
     args, kwargs = pytree.tree_unflatten(leaves, decode_tree_spec(examples["spec"]))
     shared = {name: int(document["num_shared_experts"][name]) for name in sparse.routers}
     covers = {name: _decode_cover(cover) for name, cover in document["covers"].items()}
-    sparse.info = SparseModelInfo(args=args, kwargs=kwargs, num_shared_experts=shared, report=None, covers=covers)
+    shards = {name: int(count) for name, count in document["shards"].items()}
+    sparse.info = SparseModelInfo(args, kwargs, shared, None, covers, shards)
     sparse.train(document["training"] is True)
     return sparse
 

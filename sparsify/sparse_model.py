@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils.hooks import RemovableHandle
 
-from sparsify.routers import Router
+from sparsify.routers import PolicyRouter, Router
 
 if TYPE_CHECKING:
     from sparsify.graft import GraftReport
     from sparsify.passes.module_cover import ModuleCover
     from sparsify.report import Report
+    from sparsify.routing_stats import RoutingStats
 
 SIZES_KEY = "sparsify_sizes"
 _META_KEY = "sparsify"
@@ -32,6 +34,7 @@ class SparseModelInfo:
         num_shared_experts: per converted FFN, how many of its experts run for every token.
         report: what was done to every FFN, and why.
         covers: per converted FFN, the modules of the original model that it can be grafted into.
+        shards: per FFN that was copied and not divided, into how many shards each copy was cut.
     """
 
     args: tuple[Any, ...]
@@ -39,6 +42,7 @@ class SparseModelInfo:
     num_shared_experts: dict[str, int]
     report: Report | None
     covers: Mapping[str, ModuleCover] = field(default_factory=lambda: {})
+    shards: Mapping[str, int] = field(default_factory=lambda: {})
 
 
 class SparseModel(fx.GraphModule):
@@ -86,6 +90,44 @@ class SparseModel(fx.GraphModule):
         losses = [router.aux_loss() for router in self.routers.values()]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else torch.zeros(())
 
+    def give_reward(self, reward: Tensor) -> None:
+        """Tell routers that learn by reward how well the last call in training mode went, before `aux_loss()`.
+
+        Args:
+            reward: one number, or one for every sequence or token; larger is better. RL-R takes minus the
+                cross-entropy.
+
+        Raises:
+            LookupError: no router of the model learns by reward.
+            RuntimeError: there was no call in training mode since the last reward.
+        """
+        learning = [router for router in self.routers.values() if isinstance(router, PolicyRouter)]
+        if not learning:
+            raise LookupError("no router of this model learns by reward; `sparsify routers` lists which ones need one")
+        for router in learning:
+            router.give_reward(reward)
+
+    def specialise(self, label: int) -> SparseModel:
+        """The model for one label (a task, domain or language): without the label input and all other experts.
+
+        Other weights are shared with this model.
+
+        Raises:
+            ValueError: no router goes by labels, or the label is outside its table.
+        """
+        from sparsify.passes.specialise import specialise
+
+        return specialise(self, label)
+
+    def after_step(self, *_: object) -> None:
+        """Let every router adapt what no gradient moves: biases that balance the load, schedules.
+
+        Call it after every step of the optimiser, once, or have torch do so:
+        `optimizer.register_step_post_hook(sparse.after_step)`. Routers that need it say so (`sparsify routers`).
+        """
+        for router in self.routers.values():
+            router.after_step()
+
     def set_top_k(self, top_k: int) -> None:
         """Run `top_k` experts a token in every converted FFN, shared experts included.
 
@@ -93,7 +135,8 @@ class SparseModel(fx.GraphModule):
         made for the top_k of the conversion; another value then costs quality.
 
         Raises:
-            ValueError: `top_k` leaves no routed expert, or exceeds the experts, of some FFN. Nothing is changed then.
+            ValueError: `top_k` leaves no routed expert, or exceeds the experts, of some FFN, or its router cannot
+                choose so many. Nothing is changed then.
         """
         for name, router in self.routers.items():
             shared = self.info.num_shared_experts[name]
@@ -102,8 +145,62 @@ class SparseModel(fx.GraphModule):
                     f"top_k must be between {shared + 1} and {router.num_experts + shared} for {name} "
                     f"({router.num_experts} routed and {shared} shared experts), got {top_k}"
                 )
+            router.check_top_k(top_k - shared)
         for name, router in self.routers.items():
             router.top_k = top_k - self.info.num_shared_experts[name]
+
+    @property
+    def batch_invariant(self) -> bool:
+        """No route of a token depends on another token: alone it gets the experts that it has in any batch."""
+        return all(router.batch_invariant for router in self.routers.values())
+
+    def routing_stats(self, batches: Iterable[object]) -> RoutingStats:
+        """Where the tokens of `batches` go: loads, tokens without an expert, experts that work together.
+
+        Args:
+            batches: as `calibration` of `sparsify`: `(args, kwargs)`, tuples, dicts or tensors.
+
+        Returns:
+            Numbers for every converted FFN; prints as a table, and `.plot(path)` draws it.
+        """
+        from sparsify.routing_stats import routing_stats
+
+        return routing_stats(self, batches)
+
+    def freeze_all_but_routers(self) -> None:
+        """Let training change the routers alone: no other parameter keeps `requires_grad`.
+
+        Raises:
+            ValueError: no router has weights that a gradient reaches. Nothing is changed then.
+        """
+        from sparsify.training import freeze_all_but_routers
+
+        freeze_all_but_routers(self)
+
+    def scale_expert_gradients(self, factor: float | None = None) -> list[RemovableHandle]:
+        """Multiply every gradient of the routed experts, from now on; router and shared experts keep theirs.
+
+        Args:
+            factor: None: `1 / sqrt(E)` in each FFN, E its routed experts, as an expert sees E times fewer tokens than
+                the rest of the model (Artetxe et al. 2021, arXiv 2112.10684).
+
+        Returns:
+            Handles; `remove()` of each ends it.
+        """
+        from sparsify.training import scale_expert_gradients
+
+        return scale_expert_gradients(self, factor)
+
+    def to_dense(self) -> fx.GraphModule:
+        """A dense model with the inputs and outputs of this one: the routed experts of every FFN become one FFN again.
+
+        A split gives the dense model back that `set_top_k(num_experts)` computes, which is the original one with
+        `refit=False`. Copies are averaged: exact until they are trained, and a loss of quality afterwards that
+        you have to measure. What is not an expert is shared with this model.
+        """
+        from sparsify.passes.merge_experts import merge_experts
+
+        return merge_experts(self, self.info.shards, self.info.args, self.info.kwargs)
 
     def graft(self, model: nn.Module) -> GraftReport:
         """Put the experts into the modules of the original model, in place: code written for it goes on working.

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from sparsify.passes.find_layers import DISPATCH, Layer, router_of
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, free_sizes, resize_inputs, with_outputs
-from sparsify.routers import LinearRouter, UnitRouter
+from sparsify.routers import LinearRouter, TokenChoiceRouter, UnitRouter
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _pairs(sizes: dict[int, str], names: dict[int, str]) -> list[tuple[str, str]
 
 def _gaps(flat: FlatGraph, layer: Layer, x: Tensor) -> Tensor:
     router = router_of(flat.root, layer.dispatch)
-    if not isinstance(router, LinearRouter | UnitRouter) or router.top_k == router.num_experts:
+    if not isinstance(router, LinearRouter | TokenChoiceRouter | UnitRouter) or router.top_k == router.num_experts:
         return x.new_full((x.shape[0],), torch.inf, dtype=torch.float32)
     logits = router.logits(x).float()  # [T, E]
     ranked = logits.topk(router.top_k + 1, dim=-1).values

@@ -47,18 +47,37 @@ class Router(nn.Module, abc.ABC):
     """
 
     system: ClassVar[System]
+    default_num_experts: ClassVar[int] = 4
     default_top_k: ClassVar[int] = 2
+    reads_ids: ClassVar[bool] = False  # `forward` wants an integer for every token
+    reads_groups: ClassVar[bool] = False  # tokens of a group compete: `forward` is given `[G, .., D]`
+    mixes: ClassVar[bool] = False  # experts run on mixtures of tokens: see `SoftMoERouter.forward`
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must be between 1 and the {num_experts} routed experts, got {top_k}")
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.weights: Literal["native", "one", "sum"] = "native"  # see `straighten`
         self.losses: dict[str, Tensor] = {}
-        self.coefficients: dict[str, float] = {}
+        self.coefficients: dict[str, float | Tensor] = {}
+        self.check_top_k(top_k)
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuse a number of experts that the router cannot choose.
+
+        Raises:
+            ValueError: says what is allowed.
+        """
+        if not 1 <= top_k <= self.num_experts:
+            raise ValueError(f"top_k must be between 1 and the {self.num_experts} routed experts, got {top_k}")
+
+    def check_group(self, tokens: int) -> None:
+        """Refuse groups of `tokens` tokens that the router cannot route; all can be, unless it reads groups.
+
+        Raises:
+            ValueError: says what to change.
+        """
 
     @property
     def num_slots(self) -> int:
@@ -69,6 +88,11 @@ class Router(nn.Module, abc.ABC):
     def rule(self) -> WeightRule:
         """What is known of the weights at inference, nothing dropped."""
         return "free" if self.weights == "native" else self.weights
+
+    @property
+    def start_sum(self) -> float | None:
+        """What the weights of every token sum to before any training; None where that is not known."""
+        return {"one": float(self.num_slots), "sum": 1.0, "free": None}[self.rule]
 
     @property
     def causal(self) -> bool:
@@ -84,8 +108,19 @@ class Router(nn.Module, abc.ABC):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` `[T, D]` -> routing_weights `[T, K]`, floating; expert_ids `[T, K]` int64, -1 for a slot not used."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Route `x` `[T, D]`.
+    def route_by_id(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `route`, for a router that also reads an integer `ids` `[T]` of every token; others ignore it."""
+        return self.route(x)
+
+    def fit_ids(self, ids: Tensor) -> None:
+        """Adapt to the ids `[T]` of the calibration data, before the first call; here nothing."""
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Route tokens.
+
+        Args:
+            x: `[T, D]`; or `[G, .., D]`, G groups of T / G tokens, for a router that reads groups.
+            ids: `[T]` int64, for a router that reads ids: token ids, or labels.
 
         Returns:
             routing_weights: `[T, K]`, dtype of `x`.
@@ -93,9 +128,9 @@ class Router(nn.Module, abc.ABC):
         """
         if torch.is_autocast_enabled(x.device.type):  # rounded logits would choose other experts
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x)
+                return self.forward(x, ids)
         self.losses = {}
-        routing_weights, expert_ids = self.route(x)
+        routing_weights, expert_ids = self.route(x) if ids is None else self.route_by_id(x, ids)
         if self.weights != "native":
             routing_weights = straighten(routing_weights, expert_ids, self.weights, keep_gradient=self.training)
         return routing_weights.to(x.dtype), expert_ids
@@ -105,10 +140,19 @@ class Router(nn.Module, abc.ABC):
         terms = [self.coefficients[name] * loss for name, loss in self.losses.items()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
+    def after_step(self) -> None:
+        """Adapt what no gradient moves, such as the bias of DeepSeek-V3, after a step of the optimiser; here nothing.
+
+        `SparseModel.after_step` calls it on every router.
+        """
+
     def options(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _arguments(type(self))}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies get: a loss belongs to one call, and torch refuses to copy what has a gradient to compute."""
+        return {**self.__dict__, "losses": {}}
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -136,6 +180,19 @@ class UnitRouter(Router):
         return torch.ones_like(expert_ids, dtype=x.dtype), expert_ids
 
 
+def _arguments(router: type[Router]) -> list[str]:
+    """Names of what the constructor takes; `**options` stands for the arguments of the next class."""
+    names: list[str] = []
+    for made in router.__mro__:
+        if "__init__" not in vars(made):
+            continue
+        parameters = list(inspect.signature(made.__init__).parameters.values())[1:]
+        names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in names]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` in fp32, or fp64 where it is that."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -150,7 +207,7 @@ def straighten(
     weights, scaled (Switch: `p / stop_gradient(p)`).
 
     Args:
-        routing_weights: `[T, K]`, above 0 where a slot is used.
+        routing_weights: `[T, K]`, not 0 where a slot is used.
         expert_ids: `[T, K]`, -1 for a slot not used.
         rule: "one": each used slot has 1. "sum": the used slots of a token sum to 1.
         keep_gradient: else the ones of "one" are constants.
@@ -164,4 +221,28 @@ def straighten(
     routing_weights = routing_weights * used
     value = routing_weights.detach()
     divisor = value if rule == "one" else value.sum(-1, keepdim=True)
-    return routing_weights / torch.where(divisor > 0, divisor, 1.0)
+    return routing_weights / torch.where(divisor != 0, divisor, 1.0)
+
+
+def where_used(weights: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots for a router whose number of experts differs from token to token: slot e belongs to expert e.
+
+    Args:
+        weights: `[T, E]`.
+        used: `[T, E]` bool.
+
+    Returns:
+        routing_weights `[T, E]`, 0 where not used; expert_ids `[T, E]`, -1 where not used.
+    """
+    experts = torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
+    return weights * used, torch.where(used, experts, -1)
+
+
+def require_one(name: str, top_k: int) -> None:
+    """Refuse more than one expert a token.
+
+    Raises:
+        ValueError: `top_k` is not 1.
+    """
+    if top_k != 1:
+        raise ValueError(f"the router {name!r} sends every token to one expert, got top_k={top_k}; give top_k=1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,13 @@ _RIDGE = 1e-3
 
 
 class LinearRouter(Router):
-    """`logits` are `x W^T`, fp32, W `[E, D]` of small random numbers until it is fitted or trained."""
+    """`logits` are `x W^T`, fp32, W `[E, D]` of small random numbers until it is fitted or trained.
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
-        super().__init__(hidden_size, num_experts, top_k)
+    `options` go to the next class of a router that has another base, such as `TokenChoiceRouter`.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
         self.weight = nn.Parameter(torch.randn(num_experts, hidden_size) * _INIT_STD)
 
     def logits(self, x: Tensor) -> Tensor:
