@@ -99,7 +99,7 @@ def test_measures_when_asked(sparse_transformer: Make, tmp_path: Path) -> None:
 def test_opset_and_names(sparse_layer: Make, tmp_path: Path, opset: int) -> None:
     """Protects: the oldest and newest opset run, with names of the user's choice in both files and at a later check."""
     sparse, path = sparse_layer(), tmp_path / "model.onnx"
-    names = {"input_names": ["tokens"], "output_names": ["hidden"]}
+    names: Any = {"input_names": ["tokens"], "output_names": ["hidden"]}
     report = export_onnx(sparse, path, opset=opset, dense=_Dense(), **names)
     for file in (path, report.dense_path):
         model = onnx.load(str(file))
