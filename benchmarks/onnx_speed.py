@@ -1,12 +1,14 @@
-"""One FFN layer in onnxruntime on this CPU: dense, `com.microsoft.MoE`, and the file that `export_onnx` chooses.
+"""One FFN layer, and two whole models, in onnxruntime on this CPU: dense, `com.microsoft.MoE`, and what we export.
 
-    python benchmarks/onnx_speed.py                all shapes, 1 and 2 threads, about twenty minutes
-    python benchmarks/onnx_speed.py --quick        D=768 F=3072, 16 experts of which 4 run, under two minutes
+    python benchmarks/onnx_speed.py --prepare            writes the ONNX files of all cases (minutes, any machine load)
+    python benchmarks/onnx_speed.py --minutes 4.5        times one case after another; repeat until it says "all done"
+    python benchmarks/onnx_speed.py --quick              D=768 F=3072, 16 experts of which 4 run, two threads, a minute
+    python benchmarks/onnx_speed.py --report             tables and plot from the times that there are
 
-One session is alive at a time, as the threads of an idle one take the cores; the files take turns, round after round,
-and the median of the rounds counts. `ours` is the lowering that the cost model chooses for exactly T tokens; the router
-is part of it. GELU is the exact one, but in the MoE op, which has the tanh form alone. `share` is the ratio to dense
-over the ideal E / K, `load` the time to make a session over that of the dense file. Tables go to out/onnx.md, .json.
+Every case is kept in out/onnx_speed as it ends, so a run may stop anywhere. One session is alive at a time, as the
+threads of an idle one take the cores; the files take turns, round after round, and the median of the rounds counts.
+GELU is the exact one, but in the MoE op, which has the tanh form alone. SmolLM2 has SwiGLU, for which the op is exact;
+it runs without a cache of keys, so 1x1 is a first token. Tables go to out/onnx.md, .json and .png.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import json
 import operator
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,13 +29,13 @@ import numpy as np
 import onnxruntime
 import torch
 import typer
+from onnx_tables import write_tables
 from torch import Tensor, fx, nn
 
-from sparsify import SparseModel, export_onnx
+from sparsify import SparseModel, SparsifyConfig, export_onnx, sparsify
 from sparsify.cpu.cost_model import processor_name
-from sparsify.passes.find_layers import find_layers
-from sparsify.passes.fuse_moe import MOE_FFN, unfuse_moe
-from sparsify.passes.lower_onnx.choose_lowering import choose_lowering, refusals
+from sparsify.models.load import load
+from sparsify.passes.fuse_moe import MOE_FFN
 from sparsify.passes.lower_onnx.lowerings import Lowering
 from sparsify.routers import MLPRouter
 from sparsify.sparse_model import SIZES_KEY, SparseModelInfo
@@ -39,23 +43,100 @@ from sparsify.sparse_model import SIZES_KEY, SparseModelInfo
 _TOKENS = (1, 4, 16, 64, 128, 512, 2048)
 _EXACT: tuple[Lowering, ...] = ("expert_chain", "sorted_split", "dense_masked")
 _ROUTER = 64  # hidden size, the default of the config
+_PEAK_TOKENS = 512
+# Prints the memory that a process took for one file, in bytes: arguments file, then name, shape and type of an input.
+_PEAK = """
+import json, resource, sys
+import numpy as np, onnxruntime
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+shapes = json.loads(sys.argv[2])
+session.run(None, {name: np.ones(shape, dtype) for name, (shape, dtype) in shapes.items()})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+Feeds = Callable[[Sequence[int]], dict[str, np.ndarray]]
 
 
-class Case(NamedTuple):
-    """A layer, and the threads it runs on."""
+class Layer(NamedTuple):
+    """One FFN layer of F = 4 D neurons; sizes are numbers of tokens."""
 
     hidden_size: int
     num_experts: int
     top_k: int
-    threads: int
+    threads: tuple[int, ...] = (2, 1)
 
-    def __str__(self) -> str:
-        sizes = f"D={self.hidden_size} F={4 * self.hidden_size}, E={self.num_experts} K={self.top_k}"
-        return f"{sizes}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+    @property
+    def key(self) -> str:
+        """The name of its file."""
+        return f"layer-{self.hidden_size}-{self.num_experts}-{self.top_k}"
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Of the input, but for its features."""
+        return [(tokens,) for tokens in _TOKENS]
+
+    def write(self, folder: Path) -> None:
+        """Write the dense file, one for every exact lowering, and one with the op."""
+        torch.manual_seed(0)
+        dense = _Dense(self).eval()
+        sparse = _sparse(dense, self, "gelu")
+        for name in _EXACT:
+            export_onnx(sparse, folder / f"{name}.onnx", lowering=name, verify=name == "expert_chain")
+        op = _sparse(dense, self, "gelu_tanh")
+        export_onnx(op, folder / "MoE.onnx", lowering="moe_op", dense=dense, verify=False)
+        os.replace(folder / "MoE.dense.onnx", folder / "dense.onnx")
+
+    def feeds(self, size: Sequence[int]) -> dict[str, np.ndarray]:
+        """Random tokens."""
+        return {"x": np.random.default_rng().standard_normal((*size, self.hidden_size), np.float32)}
+
+
+class Model(NamedTuple):
+    """A whole model; sizes are batch and sequence."""
+
+    name: str
+    num_experts: int
+    top_k: int
+    lowerings: tuple[Lowering, ...]
+    sizes: list[tuple[int, ...]]
+    threads: tuple[int, ...] = (2, 1)
+
+    @property
+    def key(self) -> str:
+        """The name of its file."""
+        return self.name
+
+    def write(self, folder: Path) -> None:
+        """Convert without calibration, which changes quality and not speed, and export."""
+        dense = load(self.name)
+        config = SparsifyConfig(self.num_experts, self.top_k, select="all", refit=False)
+        sparse = sparsify(dense.model, dense.args, dense.kwargs, config=config)
+        for name in self.lowerings:
+            first = name == self.lowerings[0]
+            path = folder / f"{'MoE' if name == 'moe_op' else name}.onnx"
+            report = export_onnx(sparse, path, lowering=name, dense=dense.model if first else None, verify=False)
+            if report.dense_path:
+                os.replace(report.dense_path, folder / "dense.onnx")
+
+    def feeds(self, size: Sequence[int]) -> dict[str, np.ndarray]:
+        """Random token ids, and a mask of ones."""
+        ids = np.random.default_rng().integers(1000, 20000, size)
+        return {"input_ids": ids, "attention_mask": np.ones(size, np.int64), "token_type_ids": np.zeros(size, np.int64)}
+
+
+Case = Layer | Model
+_EXPERTS = ((16, 4), (8, 2), (64, 16), (8, 1), (16, 2), (64, 8))
+CASES: tuple[Case, ...] = (
+    *(Layer(768, *numbers) for numbers in _EXPERTS),
+    *(Layer(384, *numbers) for numbers in _EXPERTS),
+    Model("minilm", 16, 4, ("expert_chain", "dense_masked"), [(1, 16), (1, 128), (8, 64), (32, 128)]),
+    Model("smollm2", 8, 2, ("expert_chain", "moe_op"), [(1, 1), (1, 128), (1, 512)]),
+    *(Layer(2048, *numbers) for numbers in _EXPERTS),
+)
 
 
 class _Dense(nn.Module):
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Layer) -> None:
         super().__init__()
         self.up = nn.Linear(case.hidden_size, 4 * case.hidden_size)
         self.down = nn.Linear(4 * case.hidden_size, case.hidden_size)
@@ -67,7 +148,7 @@ class _Dense(nn.Module):
 class _Experts(nn.Module):
     """The neurons of a dense layer in equal parts, in their order: times depend on no better division."""
 
-    def __init__(self, dense: _Dense, case: Case) -> None:
+    def __init__(self, dense: _Dense, case: Layer) -> None:
         super().__init__()
         experts, hidden = case.num_experts, case.hidden_size
         width = 4 * hidden // experts
@@ -79,52 +160,71 @@ class _Experts(nn.Module):
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="one shape, two threads")] = False,
+    quick: Annotated[bool, typer.Option(help="one layer, two threads")] = False,
+    prepare: Annotated[bool, typer.Option(help="only write the files that are timed")] = False,
+    report: Annotated[bool, typer.Option(help="only write the tables")] = False,
+    minutes: Annotated[float, typer.Option(help="begin no case after so long")] = 1e9,
     rounds: Annotated[int, typer.Option(help="how often every file is loaded and timed")] = 3,
-    seconds: Annotated[float, typer.Option(help="at least so long per file, round and number of tokens")] = 0.1,
+    seconds: Annotated[float, typer.Option(help="at least so long per file, round and size")] = 0.1,
+    only: Annotated[str, typer.Option(help="cases whose name begins so")] = "",
     output: Annotated[Path, typer.Option(help="folder of the tables")] = Path("out"),
 ) -> None:
-    """Time all layers and write the tables."""
+    """Time what was not timed yet, and write the tables."""
+    start, folder = time.perf_counter(), output / ("onnx_quick" if quick else "onnx_speed")
+    cases = (Layer(768, 16, 4, (2,)),) if quick else [case for case in CASES if case.key.startswith(only)]
+    for case in [] if report else cases:
+        found = folder / f"{case.key}.json"
+        if found.exists() and not quick:
+            continue
+        if time.perf_counter() - start > 60 * minutes:
+            print(f"{case.key} and those after it are left; run it again")
+            return
+        files = _files(case, folder / "files" / case.key)
+        if prepare:
+            continue
+        _write(found, json.dumps(_measure(case, files, rounds, seconds), indent=1))
+        print(f"{case.key}: done, {time.perf_counter() - start:.0f} s", flush=True)
+    results = [json.loads(file.read_text()) for case in cases if (file := folder / f"{case.key}.json").exists()]
+    if results and not prepare:
+        write_tables(results, output)
+    print("all done")
+
+
+def _files(case: Case, folder: Path) -> dict[str, Path]:
+    """The files of a case; written, if they are not there."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            case.write(Path(made))
+            os.rename(made, folder)
+    found = {file.stem: file for file in sorted(folder.glob("*.onnx"))}
+    return {name: found[name] for name in ("dense", "MoE", *_EXACT) if name in found}
+
+
+def _measure(case: Case, files: Mapping[str, Path], rounds: int, seconds: float) -> dict[str, Any]:
     machine = {"cpu": processor_name(), "onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
-    results: list[dict[str, Any]] = []
-    for case in _cases(quick):
-        results.append(_measure(case, rounds, seconds))
-        print(_table(results[-1]), flush=True)
-    title = f"# One FFN layer in onnxruntime {machine['onnxruntime']} on {machine['cpu']}\n\nMilliseconds, medians.\n"
-    _write(output / "onnx.json", json.dumps({"machine": machine, "results": results}, indent=1))
-    _write(output / "onnx.md", "\n".join([title, *map(_table, results)]))
+    times: dict[str, dict[str, list[float]]] = {}
+    loads: dict[str, float] = {}
+    for threads in case.threads:
+        turns = [{name: _time(file, case, threads, seconds) for name, file in files.items()} for _ in range(rounds)]
+        if not loads:
+            loads = {name: statistics.median(turn[name][0] for turn in turns) for name in files}
+        times[str(threads)] = {name: _medians([turn[name][1] for turn in turns]) for name in files}
+    return {
+        "case": {"kind": type(case).__name__, **case._asdict(), "sizes": case.sizes},
+        "machine": machine,
+        "ms": times,
+        "load_ms": {name: load * 1e3 for name, load in loads.items()},
+        "bytes": {name: file.stat().st_size for name, file in files.items()},
+        "peak_bytes": {name: _peak(file, case) for name, file in files.items()},
+    }
 
 
-def _cases(quick: bool) -> list[Case]:
-    if quick:
-        return [Case(768, 16, 4, 2)]
-    experts = [(8, 2), (16, 4), (64, 16), (8, 1), (16, 2), (64, 8)]
-    return [Case(size, *numbers, threads) for threads in (2, 1) for size in (384, 768, 2048) for numbers in experts]
+def _medians(turns: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.median(times) * 1e3 for times in zip(*turns, strict=True)]
 
 
-def _measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
-    torch.manual_seed(0)
-    dense = _Dense(case).eval()
-    sparse = _sparse(dense, case, "gelu")
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{name}.onnx" for name in ("dense", "MoE", *_EXACT)}
-        for name in _EXACT:
-            export_onnx(sparse, files[name], lowering=name, verify=name == "expert_chain")
-        export_onnx(_sparse(dense, case, "gelu_tanh"), files["MoE"], lowering="moe_op", dense=dense, verify=False)
-        os.replace(files["MoE"].with_name("MoE.dense.onnx"), files["dense"])
-        size = files["expert_chain"].stat().st_size / files["dense"].stat().st_size
-        turns = [{name: _time(file, case, seconds) for name, file in files.items()} for _ in range(rounds)]
-    loads = {name: statistics.median(turn[name][0] for turn in turns) for name in files}
-    medians = [
-        {name: statistics.median(turn[name][1][i] for turn in turns) * 1e3 for name in files}
-        for i in range(len(_TOKENS))
-    ]
-    rows = [_row(sparse, case, tokens, times) for tokens, times in zip(_TOKENS, medians, strict=True)]
-    load = {name: loads[name] / loads["dense"] for name in files}
-    return {"case": str(case), "rows": rows, "load": load, "file_size": size}
-
-
-def _sparse(dense: _Dense, case: Case, activation: str) -> SparseModel:
+def _sparse(dense: _Dense, case: Layer, activation: str) -> SparseModel:
     """A converted model that is one layer, without the training of its router."""
     root = nn.Module()
     root.experts = _Experts(dense, case)
@@ -142,55 +242,44 @@ def _sparse(dense: _Dense, case: Case, activation: str) -> SparseModel:
     return sparse
 
 
-def _time(file: Path, case: Case, seconds: float) -> tuple[float, list[float]]:
-    """Seconds to load, and median seconds of a call at every number of tokens."""
+def _open(file: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = case.threads
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _time(file: Path, case: Case, threads: int, seconds: float) -> tuple[float, list[float]]:
+    """Seconds to load, and median seconds of a call at every size."""
     start = time.perf_counter()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = _open(file, threads)
     load = time.perf_counter() - start
-    name = session.get_inputs()[0].name
-    random = np.random.default_rng(0)
+    known = [value.name for value in session.get_inputs()]
     times: list[float] = []
-    for tokens in _TOKENS:
-        batches = [random.standard_normal((tokens, case.hidden_size), np.float32) for _ in range(8)]
-        times.append(_median(lambda x: session.run(None, {name: x}), batches, seconds))
+    for size in case.sizes:
+        batches = [{name: array for name, array in case.feeds(size).items() if name in known} for _ in range(8)]
+        times.append(_median(lambda feed: session.run(None, feed), batches, seconds))
     return load, times
 
 
 def _median(run: Callable[[Any], object], batches: Sequence[Any], seconds: float) -> float:
+    """Calls that take long are timed twice, short ones until `seconds` have passed."""
     run(batches[-1])
     times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
+    while len(times) < 2 or sum(times) < seconds:
         start = time.perf_counter()
         run(batches[len(times) % len(batches)])
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def _row(sparse: SparseModel, case: Case, tokens: int, times: dict[str, float]) -> dict[str, Any]:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(sparse.graph, {}))
-    unfuse_moe(sparse, graph)
-    facts = find_layers(sparse, graph)[0].facts
-    chosen, _, _ = choose_lowering(refusals(facts, "ort-cpu", None), facts, "ort-cpu", (tokens,))
-    ratio = times["dense"] / times[chosen]
-    best = min(_EXACT, key=lambda name: times[name])
-    return {"tokens": tokens, "ms": times, "choice": chosen, "fastest": best, "ratio": ratio,
-            "against_moe": times["MoE"] / times[chosen], "share": ratio * case.top_k / case.num_experts}  # fmt: skip
-
-
-def _table(result: dict[str, Any]) -> str:
-    names = list(result["rows"][0]["ms"])
-    lines = [f"## {result['case']}", ""]
-    lines.append("| T | " + " | ".join(names) + " | ours | fastest | dense / ours | MoE / ours | share |")
-    lines.append("|---" * (len(names) + 6) + "|")
-    for row in result["rows"]:
-        cells = [str(row["tokens"]), *(f"{row['ms'][name]:.3f}" for name in names), row["choice"], row["fastest"]]
-        cells += [f"{row['ratio']:.2f}", f"{row['against_moe']:.2f}", f"{row['share']:.0%}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    loads = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["load"].items())
-    return "\n".join([*lines, "", f"load: {loads}; file size over dense: {result['file_size']:.3f}", ""])
+def _peak(file: Path, case: Case) -> int:
+    """Bytes that a process takes to load the file and to run one call, beside onnxruntime itself."""
+    largest = max(size for size in case.sizes if np.prod(size) <= _PEAK_TOKENS)
+    known = [value.name for value in _open(file, 1).get_inputs()]
+    shapes = {name: (array.shape, str(array.dtype)) for name, array in case.feeds(largest).items() if name in known}
+    command = [sys.executable, "-c", _PEAK, str(file), json.dumps(shapes)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def _write(path: Path, text: str) -> None:

@@ -36,17 +36,19 @@ from sparsify.passes.lower_onnx.choose_lowering import (
 )
 from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
 from sparsify.passes.lower_onnx.expert_region import ExpertRegion, find_regions
-from sparsify.passes.lower_onnx.flat_graph import flatten_graph
+from sparsify.passes.lower_onnx.flat_graph import flatten_graph, with_names
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
 from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
-from sparsify.passes.lower_onnx.metadata import FileLayer, metadata
+from sparsify.passes.lower_onnx.metadata import FileLayer, conversions, metadata
 from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
 from sparsify.passes.lower_onnx.values import input_of
 from sparsify.passes.verify_onnx import OnnxParity, compare_file, refuse_random, verify_onnx
 from sparsify.sparse_model import SparseModel
+
+_Names = tuple["Sequence[str] | None", "Sequence[str] | None"]  # of inputs and outputs
 
 # A protobuf message ends at 2 GiB; names and nodes need a little of it.
 _LARGEST_FILE = 2**31 - 2**27
@@ -120,13 +122,16 @@ def export_onnx(
     target_tokens: int | Sequence[int] = DEFAULT_TOKENS,
     measure: bool = False,
     opset: int = 20,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
     dense: nn.Module | None = None,
     verify: bool = True,
 ) -> ExportReport:
     """Write the model as an ONNX file, run the file in onnxruntime, and compare.
 
     Inputs are named after the arguments of the model; outputs after the keys of its output, else `output`, `output_1`,
-    ... Batch, sequence and other dynamic dimensions stay dynamic. Weights of 2 GB and more go to `<path>.data`.
+    ... unless `input_names` and `output_names` say otherwise. Batch, sequence and other dynamic dimensions stay
+    dynamic. Weights of 2 GB and more go to `<path>.data`.
 
     Args:
         sparse: the model; it is left as it is.
@@ -137,7 +142,9 @@ def export_onnx(
             is exact, layer by layer.
         target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
         measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
-        opset: the version of the standard operators.
+        opset: the version of the standard operators, 18 to the newest that onnxruntime loads.
+        input_names: a name for every input tensor, in order.
+        output_names: a name for every output tensor, in order.
         dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
         verify: run the file and compare it with the model at several shapes.
 
@@ -145,7 +152,7 @@ def export_onnx(
         What was written, and the comparison.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: an option is unknown, or there are not as many names as inputs or outputs.
         ExportError: the model cannot be exported, or draws random numbers, which `verify` cannot compare; or
             `lowering` does not fit a layer.
         VerificationError: the file computes something else than the model.
@@ -164,13 +171,13 @@ def export_onnx(
         require_runtime()
     if verify:
         refuse_random(sparse.graph)
-    path = Path(path)
+    path, names = Path(path), (input_names, output_names)
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
     with _workshop(path) as workshop:
-        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset))
+        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset), names)
         _write(model, workshop / path.name)
         if dense is not None and dense_path is not None:
-            _export_dense(dense, sparse, workshop / dense_path.name, opset, verify)
+            _export_dense(dense, sparse, workshop / dense_path.name, opset, names, verify)
         parity = verify_onnx(sparse, workshop / path.name) if verify else None
         file_bytes = sum(file.stat().st_size for file in workshop.glob(f"{path.name}*"))
         _move_all(workshop, path.parent)
@@ -188,8 +195,9 @@ class _Choice:
     opset: int
 
 
-def _sparse_onnx(sparse: SparseModel, options: _Choice) -> tuple[ir.Model, tuple[LayerExport, ...]]:
+def _sparse_onnx(sparse: SparseModel, options: _Choice, names: _Names) -> tuple[ir.Model, tuple[LayerExport, ...]]:
     flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
+    flat = with_names(flat, *names)
     unfuse_moe(sparse, flat.graph)
     layers = find_layers(sparse, flat.graph)
     emit_placeholders(flat.graph, layers)
@@ -205,7 +213,8 @@ def _sparse_onnx(sparse: SparseModel, options: _Choice) -> tuple[ir.Model, tuple
         FileLayer(export.name, export.lowering, export.reason, str(ids.name))
         for export, ids in zip(exports, expert_ids, strict=True)
     ]
-    return _labelled(model, metadata(options.target, in_file)), exports
+    entries = metadata(options.target, in_file, conversions(layers, sparse.info.report))
+    return _labelled(model, entries), exports
 
 
 def _choose_all(layers: Sequence[Layer], regions: Sequence[ExpertRegion], options: _Choice) -> tuple[LayerExport, ...]:
@@ -236,10 +245,10 @@ def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport
     return LayerExport(layer.name, *chosen)
 
 
-def _export_dense(dense: nn.Module, sparse: SparseModel, path: Path, opset: int, verify: bool) -> None:
+def _export_dense(dense: nn.Module, sparse: SparseModel, path: Path, opset: int, names: _Names, verify: bool) -> None:
     args, kwargs = sparse.info.args, sparse.info.kwargs
     captured = dense if isinstance(dense, fx.GraphModule) else capture(dense, args, kwargs)
-    flat = flatten_graph(captured, args, kwargs, sparse.dynamic_dims())
+    flat = with_names(flatten_graph(captured, args, kwargs, sparse.dynamic_dims()), *names)
     _write(_labelled(trace_onnx(flat, opset), {}), path)
     if verify:
         compare_file(flat, path)

@@ -25,7 +25,7 @@ from sparsify.errors import ExportError, LoadError, VerificationError
 from sparsify.passes.find_layers import Layer, find_layers
 from sparsify.passes.fuse_moe import unfuse_moe
 from sparsify.passes.graph_values import op_name
-from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph
+from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph, with_names
 from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_target
 from sparsify.passes.lower_onnx.probe import Reference, references
 from sparsify.passes.lower_onnx.runtime import open_session, require_runtime, run_session
@@ -108,6 +108,7 @@ def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     require_runtime()
     refuse_random(flat.graph)
     proto = _load(path)
+    flat = _named_as_in(proto, path, flat)
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
@@ -143,6 +144,19 @@ def _load(path: Path) -> onnx.ModelProto:
         raise
     except Exception as error:
         raise LoadError(f"{path} is no ONNX file, or is damaged: {error}; export the model again") from error
+
+
+def _named_as_in(proto: onnx.ModelProto, path: Path, flat: FlatGraph) -> FlatGraph:
+    """The names of inputs and outputs may have been chosen at the export; their order is that of the model."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [value.name for value in proto.graph.input if value.name not in stored]
+    outputs = [value.name for value in proto.graph.output]
+    if len(inputs) != len(flat.inputs) or len(outputs) != len(flat.output_names):
+        raise VerificationError(
+            f"{path} has {len(inputs)} inputs and {len(outputs)} outputs, but the model has {len(flat.inputs)} and "
+            f"{len(flat.output_names)}; the file was not exported from this model, so export it again"
+        )
+    return with_names(flat, inputs, outputs)
 
 
 def _check_routing(

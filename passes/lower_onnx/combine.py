@@ -25,24 +25,26 @@ def lower_combine(node: ir.Node, tape: Tape) -> tuple[ir.Value]:
     """
     rows, routing_weights, order = (input_of(node, i) for i in range(3))
     top_k, unit_weights = node.attributes["top_k"].as_int(), node.attributes["unit_weights"].as_int()
-    features = tape.op("Shape", [rows], {"start": 1, "end": 2})
-    by_slot = tape.op("Gather", [rows, _inverse(tape, order)], {"axis": 0})  # [R, D]
-    if top_k == 1 and unit_weights:
-        return (by_slot,)
-    shape = tape.op("Concat", [constant(tape, [-1, top_k]), features], {"axis": 0})
-    by_slot = tape.op("Reshape", [by_slot, shape])  # [T, K, D]
+    places = _inverse(tape, order)  # [R]
+    if top_k > 1:  # a few numbers take the shape, so that the rows need not: [T, K]
+        places = tape.op("Reshape", [places, constant(tape, [-1, top_k])])
+    by_slot = tape.op("Gather", [rows, places], {"axis": 0})  # [T, K, D], without K where it is one
     dtype = dtype_of(rows)
-    if dtype in _HALF:
-        by_slot = tape.op("Cast", [by_slot], {"to": ir.DataType.FLOAT})
+    if dtype not in _HALF:
+        return (_weighted(tape, by_slot, routing_weights, top_k, unit_weights),)
+    total = _weighted(tape, tape.op("Cast", [by_slot], {"to": ir.DataType.FLOAT}), routing_weights, top_k, unit_weights)
+    return (tape.op("Cast", [total], {"to": dtype}),)
+
+
+def _weighted(tape: Tape, by_slot: ir.Value, routing_weights: ir.Value, top_k: int, unit_weights: int) -> ir.Value:
+    """The sum over K, `[T, D]`."""
     if not unit_weights:
-        weights = tape.op("CastLike", [routing_weights, by_slot])
-        by_slot = tape.op("Mul", [by_slot, tape.op("Unsqueeze", [weights, constant(tape, [2])])])
-    total = tape.op("ReduceSum", [by_slot, constant(tape, [1])], {"keepdims": 0})
-    return (tape.op("Cast", [total], {"to": dtype}) if dtype in _HALF else total,)
+        weights = routing_weights if top_k == 1 else tape.op("Unsqueeze", [routing_weights, constant(tape, [2])])
+        by_slot = tape.op("Mul", [by_slot, tape.op("CastLike", [weights, by_slot])])
+    return by_slot if top_k == 1 else tape.op("ReduceSum", [by_slot, constant(tape, [1])], {"keepdims": 0})
 
 
 def _inverse(tape: Tape, order: ir.Value) -> ir.Value:
     """`inverse[order[i]] = i`, in one pass instead of a second sort."""
-    count = tape.op("Squeeze", [tape.op("Shape", [order])])
-    places = tape.op("Range", [constant(tape, 0), count, constant(tape, 1)])
-    return tape.op("ScatterElements", [places, order, places], {"axis": 0})
+    places = tape.op("Range", [constant(tape, 0), tape.op("Size", [order]), constant(tape, 1)])
+    return tape.op("ScatterElements", [order, order, places], {"axis": 0})

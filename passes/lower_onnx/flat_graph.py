@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,42 @@ def flatten_graph(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[st
     graph.lint()
     size_names = {name: dict(sizes.get(name, {})) for name in inputs}
     return FlatGraph(graph, model, inputs, tuple(named), size_names)
+
+
+def with_names(flat: FlatGraph, inputs: Sequence[str] | None, outputs: Sequence[str] | None) -> FlatGraph:
+    """The same graph with other names in the ONNX file.
+
+    Args:
+        flat: the graph.
+        inputs: a name for every input, in order; None to keep those it has.
+        outputs: the same for the outputs.
+
+    Raises:
+        ValueError: there are more or fewer names than values, or two values would share one.
+    """
+    old = list(flat.inputs)
+    new = _checked_names("input_names", inputs, old)
+    new_outputs = _checked_names("output_names", outputs, list(flat.output_names))
+    repeated = sorted({name for name in [*new, *new_outputs] if [*new, *new_outputs].count(name) > 1})
+    if repeated:
+        raise ValueError(f"inputs and outputs need names of their own, got {', '.join(repeated)} more than once")
+    pairs = list(zip(old, new, strict=True))
+    return dataclasses.replace(
+        flat,
+        inputs={name: flat.inputs[before] for before, name in pairs},
+        output_names=tuple(new_outputs),
+        size_names={name: flat.size_names[before] for before, name in pairs},
+    )
+
+
+def _checked_names(option: str, names: Sequence[str] | None, known: list[str]) -> list[str]:
+    if names is None:
+        return known
+    if isinstance(names, str) or len(names) != len(known) or not all(names):
+        raise ValueError(
+            f"{option} must hold a name for each of {len(known)} values, in the order {', '.join(known)}; got {names!r}"
+        )
+    return list(names)
 
 
 def _leaves(model: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

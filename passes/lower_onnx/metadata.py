@@ -1,4 +1,7 @@
-"""What a file of ours says about itself, in `metadata_props`: version, target, and how every layer was lowered."""
+"""What a file of ours says about itself, in `metadata_props`.
+
+Versions and target, how every layer was lowered, and how it was converted, with its receipt.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,12 @@ from dataclasses import asdict, dataclass
 import onnx
 
 from sparsify.errors import LoadError
+from sparsify.passes.find_layers import Layer
+from sparsify.report import Report
 
 _VERSION, _TARGET, _LAYERS = "sparsify.version", "sparsify.target", "sparsify.layers"
+_VERSIONS, _CONVERSION = "sparsify.versions", "sparsify.conversion"
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu")
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,50 @@ class FileLayer:
     expert_ids: str
 
 
-def metadata(target: str, layers: Sequence[FileLayer]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Conversion:
+    """How a layer was converted; its routed experts, as shared ones are plain nodes.
+
+    Attributes:
+        name: of the FFN.
+        num_experts: E.
+        top_k: K.
+        expert_size: neurons of an expert.
+        activation: its name.
+        num_shared_experts: parts that run for every token; None in a model that was loaded without its report.
+        receipt: the largest relative error of the split with all experts on; None as above.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    expert_size: int
+    activation: str
+    num_shared_experts: int | None
+    receipt: float | None
+
+
+def conversions(layers: Sequence[Layer], report: Report | None) -> list[Conversion]:
+    """Read off the layers of a model, and its report where it has one."""
+    known = {ffn.name: ffn for ffn in report.ffns} if report else {}
+    found: list[Conversion] = []
+    for layer in layers:
+        facts, ffn = layer.facts, known.get(layer.name)
+        size, shared = facts.expert_size, ffn.num_shared_experts if ffn else None
+        receipt = ffn.receipt if ffn else None
+        found.append(Conversion(layer.name, facts.num_experts, facts.top_k, size, facts.activation, shared, receipt))
+    return found
+
+
+def metadata(target: str, layers: Sequence[FileLayer], converted: Sequence[Conversion]) -> dict[str, str]:
     """The entries for `metadata_props`."""
-    return {_VERSION: _version(), _TARGET: target, _LAYERS: json.dumps([asdict(layer) for layer in layers])}
+    return {
+        _VERSION: _version(),
+        _TARGET: target,
+        _LAYERS: json.dumps([asdict(layer) for layer in layers]),
+        _CONVERSION: json.dumps([asdict(layer) for layer in converted]),
+        _VERSIONS: json.dumps(_versions()),
+    }
 
 
 def read_target(model: onnx.ModelProto) -> str:
@@ -55,8 +103,14 @@ def _entry(model: onnx.ModelProto, key: str) -> str:
     return next((prop.value for prop in model.metadata_props if prop.key == key), "")
 
 
-def _version() -> str:
+def _versions() -> dict[str, str]:
+    """Of the packages that wrote the file; those that are not installed are left out."""
+    found = {package: _version(package) for package in _PACKAGES}
+    return {package: version for package, version in found.items() if version != "unknown"}
+
+
+def _version(package: str = "sparsify-moe") -> str:
     try:
-        return importlib.metadata.version("sparsify-moe")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"

@@ -63,7 +63,10 @@ def trace_onnx(flat: FlatGraph, opset: int) -> ir.Model:
     assert program is not None
     written = program.model.opset_imports.get("")
     if written != opset:
-        raise ExportError(f"torch.onnx.export wrote opset {written} instead of {opset}; ask for opset 18 or later")
+        newest = f"; torch {torch.__version__} may know no opset as new as {opset}" if opset > 18 else ""
+        raise ExportError(
+            f"torch.onnx.export wrote opset {written} instead of {opset}{newest}; ask for opset 20, or another from 18"
+        )
     return _simplified(program.model)
 
 

@@ -95,6 +95,20 @@ def test_measures_when_asked(sparse_transformer: Make, tmp_path: Path) -> None:
     assert len(json.loads(json.dumps(report.to_json()))["layers"][0]["times"][0]["measured"]) == 2
 
 
+@pytest.mark.parametrize("opset", [18, 25])
+def test_opset_and_names(sparse_layer: Make, tmp_path: Path, opset: int) -> None:
+    """Protects: the oldest and newest opset run, with names of the user's choice in both files and at a later check."""
+    sparse, path = sparse_layer(), tmp_path / "model.onnx"
+    names: Any = {"input_names": ["tokens"], "output_names": ["hidden"]}
+    report = export_onnx(sparse, path, opset=opset, dense=_Dense(), **names)
+    for file in (path, report.dense_path):
+        model = onnx.load(str(file))
+        assert list(_axes(model.graph.input)) == ["tokens"]
+        assert list(_axes(model.graph.output)) == ["hidden"]
+        assert next(entry.version for entry in model.opset_import if entry.domain == "") == opset
+    assert stage.verify_onnx(sparse, path).max_relative_error <= 1e-5
+
+
 def test_handles_a_router_of_its_own(sparse_layer: Make, skipping_router: Any, tmp_path: Path) -> None:
     """Unused slots, weights other than one, per-neuron vectors and N != D all pass through the sorted split."""
     sparse = sparse_layer(router=skipping_router(), out=11, vector=True, size=7)

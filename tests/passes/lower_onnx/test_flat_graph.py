@@ -20,6 +20,7 @@ from sparsify.passes.lower_onnx.flat_graph import (
     flatten_graph,
     free_sizes,
     resize_inputs,
+    with_names,
     with_outputs,
 )
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
@@ -61,6 +62,33 @@ class _Tuple(nn.Module):
 def test_names_outputs_without_keys() -> None:
     """The names that a user of the file has to type."""
     assert _flat(_Tuple(), torch.randn(2, 3)).output_names == ("output", "output_1")
+
+
+def test_takes_other_names() -> None:
+    """Protects: names go by the order of the values, sizes stay with their input."""
+    flat = with_names(_flat(_Masked(), torch.ones(2, 3), torch.ones(2, 3)), ["tokens", "attend"], ["masked"])
+    assert list(flat.inputs) == list(flat.size_names) == ["tokens", "attend"]
+    assert flat.output_names == ("masked",)
+    assert axis_names(flat)["tokens"] == {0: "batch", 1: "sequence"}
+    assert axis_names(with_names(flat, None, None)) == axis_names(flat)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "reason"),
+    [
+        (["tokens"], None, "input_names must hold a name for each of 2 values, in the order ids, mask"),
+        ("ab", None, "input_names must hold"),
+        (["tokens", ""], None, "input_names must hold"),
+        (None, ["a", "b"], "output_names must hold a name for each of 1 values"),
+        (["tokens", "tokens"], None, "got tokens more than once"),
+        (["tokens", "mask"], ["mask"], "got mask more than once"),
+    ],
+)
+def test_refuses_names_that_do_not_fit(inputs: list[str] | None, outputs: list[str] | None, reason: str) -> None:
+    """Protects: a name too few must not shift the others, and ONNX names every value once."""
+    flat = _flat(_Masked(), torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=reason):
+        with_names(flat, inputs, outputs)
 
 
 class _Image(nn.Module):

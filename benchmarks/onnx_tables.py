@@ -1,0 +1,169 @@
+"""The tables and the plot of `onnx_speed.py`, from the times that it took.
+
+`ours` is the lowering that the cost model chooses for exactly T tokens; its router is part of every time but the dense
+one. `share` is the ratio to dense over the ideal E / K.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from sparsify.passes.find_layers import LayerFacts
+from sparsify.passes.lower_onnx.choose_lowering import choose_lowering, refusals
+
+Result = Mapping[str, Any]
+_CELL = ("hidden_size", "num_experts", "top_k", "threads", "tokens", "choice")
+
+
+def write_tables(results: Sequence[Result], folder: Path) -> None:
+    """Write onnx.md, onnx.json and, where matplotlib is installed, onnx.png."""
+    machine = results[0]["machine"]
+    title = f"# onnxruntime {machine['onnxruntime']} on {machine['cpu']}\n\nMilliseconds, medians of rounds.\n"
+    tables = [_layer_tables(result) if _is_layer(result) else _model_tables(result) for result in results]
+    rows = [row for result in results if _is_layer(result) for row in layer_rows(result)]
+    _write(folder / "onnx.json", json.dumps({"machine": machine, "results": list(results), "rows": rows}, indent=1))
+    _write(folder / "onnx.md", "\n".join([title, _summary(rows, results), *tables]))
+    _plot(rows, folder / "onnx.png")
+
+
+def layer_rows(result: Result) -> list[dict[str, Any]]:
+    """One row a number of threads and of tokens: times, our choice, and its ratios."""
+    case = result["case"]
+    return [
+        _row(case, int(threads), size[0], {name: values[i] for name, values in times.items()})
+        for threads, times in result["ms"].items()
+        for i, size in enumerate(case["sizes"])
+    ]
+
+
+def _row(case: Mapping[str, Any], threads: int, tokens: int, ms: Mapping[str, float]) -> dict[str, Any]:
+    experts, top_k, hidden = case["num_experts"], case["top_k"], case["hidden_size"]
+    facts = LayerFacts(experts, top_k, hidden, hidden, 4 * hidden // experts, torch.float32, "gelu", False, True, None)
+    chosen, _, _ = choose_lowering(refusals(facts, "ort-cpu", None), facts, "ort-cpu", (tokens,))
+    exact = [name for name in ms if name not in ("dense", "MoE")]
+    return {
+        "hidden_size": hidden, "num_experts": experts, "top_k": top_k, "threads": threads, "tokens": tokens,
+        "ms": dict(ms), "choice": chosen, "fastest": min(exact, key=lambda name: ms[name]),
+        "ratio": ms["dense"] / ms[chosen], "against_moe": ms["MoE"] / ms[chosen],
+        "share": ms["dense"] / ms[chosen] * top_k / experts,
+        "against_best": min(ms["dense"], ms["MoE"]) / ms[chosen],
+    }  # fmt: skip
+
+
+def _is_layer(result: Result) -> bool:
+    return result["case"]["kind"] == "Layer"
+
+
+def _layer_tables(result: Result) -> str:
+    rows, case = layer_rows(result), result["case"]
+    lines: list[str] = []
+    for threads in dict.fromkeys(row["threads"] for row in rows):
+        hidden, of = case["hidden_size"], f"E={case['num_experts']} K={case['top_k']}"
+        lines += [f"## D={hidden} F={4 * hidden}, {of}, {_threads(threads)}", ""]
+        lines += _table(
+            ["T", *rows[0]["ms"], "ours", "fastest", "dense / ours", "MoE / ours", "share"],
+            [_cells(row) for row in rows if row["threads"] == threads],
+        )
+    return "\n".join([*lines, _footer(result)])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    times = [f"{time:.3f}" for time in row["ms"].values()]
+    ratios = [f"{row['ratio']:.2f}", f"{row['against_moe']:.2f}", f"{row['share']:.0%}"]
+    return [str(row["tokens"]), *times, row["choice"], row["fastest"], *ratios]
+
+
+def _model_tables(result: Result) -> str:
+    case, lines = result["case"], list[str]()
+    for threads, times in result["ms"].items():
+        lines += [f"## {case['name']}, E={case['num_experts']} K={case['top_k']}, {_threads(int(threads))}", ""]
+        others = [name for name in times if name != "dense"]
+        lines += _table(
+            ["batch x sequence", *times, *(f"dense / {name}" for name in others)],
+            [
+                ["x".join(map(str, size)), *(f"{times[name][i]:.2f}" for name in times)]
+                + [f"{times['dense'][i] / times[name][i]:.2f}" for name in others]
+                for i, size in enumerate(case["sizes"])
+            ],
+        )
+    return "\n".join([*lines, _footer(result)])
+
+
+def _footer(result: Result) -> str:
+    """What does not depend on the size: loading, the file, and memory."""
+    parts: list[str] = []
+    for title, key in (("load time", "load_ms"), ("file size", "bytes"), ("peak memory", "peak_bytes")):
+        values = result[key]
+        dense = values["dense"]
+        absolute = f"{dense:.0f} ms" if key == "load_ms" else f"{dense / 1e6:.1f} MB"
+        ratios = ", ".join(f"{name} {value / dense:.2f}" for name, value in values.items() if name != "dense")
+        parts.append(f"{title}: dense {absolute}, over dense: {ratios}")
+    return "\n".join([*(f"- {part}" for part in parts), ""])
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> str:
+    """Where the choice loses, and how often it is the fastest exact lowering."""
+    if not rows:
+        return ""
+    lost = [row for row in rows if row["against_best"] < 0.95]
+    best = sum(row["ms"][row["choice"]] <= 1.05 * row["ms"][row["fastest"]] for row in rows)
+    loads = [result["load_ms"]["expert_chain"] / result["load_ms"]["dense"] for result in results]
+    lines = [
+        f"{len(rows)} cells. Our choice is within 5 % of the fastest exact lowering in {best}, and more than 5 % "
+        f"slower than the better of dense and the op in {len(lost)}. Load time over dense at most {max(loads):.2f}.",
+        "",
+    ]
+    if lost:
+        lines += _table(
+            ["D", "E", "K", "threads", "T", "ours", "better of dense and op / ours"],
+            [[*(str(row[key]) for key in _CELL), f"{row['against_best']:.2f}"] for row in lost],
+        )
+    return "\n".join(lines)
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The ratio to dense over T, a panel a hidden size and number of threads."""
+    if not rows:
+        return
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("without matplotlib there is no plot")
+        return
+    panels = sorted({(row["hidden_size"], row["threads"]) for row in rows})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        of_panel = [row for row in rows if (row["hidden_size"], row["threads"]) == panel]
+        for counts in sorted({(row["num_experts"], row["top_k"]) for row in of_panel}):
+            line = [row for row in of_panel if (row["num_experts"], row["top_k"]) == counts]
+            tokens = [row["tokens"] for row in line]
+            axis.plot(tokens, [row["ratio"] for row in line], marker="o", label=f"E={counts[0]} K={counts[1]}")
+        axis.axhline(1, color="black", linewidth=0.5)
+        axis.set(xscale="log", title=f"D={panel[0]}, {_threads(panel[1])}", xlabel="tokens")
+    axes[0][0].set_ylabel("dense / ours")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [*("| " + " | ".join(cast(Sequence[str], line)) + " |" for line in lines), ""]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
