@@ -5,6 +5,9 @@ so far. A layer is fitted to bring the hidden state of the second back to the fi
 the FFN in the converted stream and x*, r* in the dense one, the output that is wanted is
 
     FFN(x*) + r* - r                                    so that    r + output = r* + FFN(x*)
+
+The model reads its hidden state through a normalisation, so an error counts relative to the size of the hidden state of
+its token: the few tokens of huge norm that many models have (Sun et al., arXiv 2402.17762) would own the sum otherwise.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from sparsify.passes.split.statistics import chunks
 from sparsify.passes.verify import check_receipt
 
 _SYNTHETIC_TOKENS = 4096
+_SMALLEST_VARIANCE = 1e-4  # of the hidden state of a token, relative to the mean: a bound for its weight
 _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
@@ -133,7 +137,7 @@ def convert(
 
 
 def _summary(result: SplitResult) -> ConvertedLayer:
-    router = list(result.router.parameters())
+    router = [] if result.router is None else list(result.router.parameters())
     return ConvertedLayer(
         expert_size=result.experts.down.shape[2],
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
@@ -205,14 +209,24 @@ def _sample(
     target = torch.cat([dense(part) for part in chunks(dense_x)])
     for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
         target += dense_residual - residual
-    return Sample(x, target)
+    return Sample(x, target, _weights(target, residuals))
+
+
+def _weights(target: Tensor, residuals: list[Tensor]) -> Tensor:
+    """`[T]`: one over the variance of the hidden state across features, at a mean of 1; ones where no residual is."""
+    if not residuals:
+        return target.new_ones(len(target))
+    variance = (target + torch.stack(residuals).sum(0)).var(1, correction=0)
+    least = _SMALLEST_VARIANCE * variance.mean() + torch.finfo(target.dtype).tiny
+    weight = 1 / torch.maximum(variance, least)
+    return weight / weight.mean()
 
 
 def _pooled(stream: CalibrationStream, match: FFNMatch, dense: DenseFFN, max_tokens: int) -> Sample:
     """The inputs of all sites that share the FFN, in the dense model: its experts serve every site."""
     x = torch.cat(stream.tokens_at([(site.x, site.x_axis) for site in match.sites], match.name))
     x = x[:: -(-len(x) // max_tokens)]
-    return Sample(x, torch.cat([dense(part) for part in chunks(x)]))
+    return Sample(x, torch.cat([dense(part) for part in chunks(x)]), x.new_ones(len(x)))
 
 
 def _synthetic(sample: Sample, seed: int) -> Sample:
@@ -221,4 +235,4 @@ def _synthetic(sample: Sample, seed: int) -> Sample:
     x = sample.x
     noise: Tensor = torch.randn(_SYNTHETIC_TOKENS, x.shape[1], generator=generator, dtype=x.dtype)
     mean, std = x.mean(0), x.std(0, correction=0)
-    return Sample(mean + noise * std, sample.target.new_empty(0))
+    return Sample(mean + noise * std, sample.target.new_empty(0), sample.weight.new_empty(0))

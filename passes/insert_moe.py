@@ -9,6 +9,7 @@
     y = y + shared_down(activation(shared_up(flat), ..))                 # where there are shared experts
     y = reshape(y + bias, leading dimensions of x)
 
+Without routed experts (static pruning) only the shared expert and the bias remain.
 Sites that share their weights call the same experts and router.
 Parameters: `<ffn>.experts.{up_proj, gate_proj, down_proj, *_bias, bias}`, `<ffn>.shared.*`, `<ffn>.router.*`.
 T tokens, K slots, R routed experts, m neurons of an expert.
@@ -44,7 +45,7 @@ class InsertMoEPass(Pass):
 
     match: FFNMatch
     experts: Experts
-    router: Router
+    router: Router | None
     dtypes: Mapping[str, torch.dtype]
     requires_grad: bool
 
@@ -80,15 +81,12 @@ class InsertMoEPass(Pass):
 
     def _register(self, graph_module: GraphModule, vectors: list[Node]) -> None:
         name, experts = self.match.name, self.experts
-        tensors: dict[str, Tensor | None] = {"down_proj": experts.down, "down_proj_bias": experts.expert_bias}
-        for role, weight, bias in zip(experts.roles, experts.projections, experts.projection_biases, strict=True):
-            tensors |= {role: weight, f"{role}_bias": bias}
-        tensors |= {f"vector_{i}": vector for i, vector in enumerate(experts.vectors)}
-        tensors["bias"] = experts.bias
         vector_dtypes = {f"vector_{i}": node.meta["val"].dtype for i, node in enumerate(vectors)}
+        tensors = {**({} if self.router is None else self._routed_tensors()), "bias": experts.bias}
         graph_module.add_submodule(f"{name}.experts", self._holder(tensors, vector_dtypes))
-        self.router.requires_grad_(False)  # weights of one and chosen ids pass no gradient on
-        graph_module.add_submodule(f"{name}.router", self.router)
+        if self.router is not None:
+            self.router.requires_grad_(False)  # weights of one and chosen ids pass no gradient on
+            graph_module.add_submodule(f"{name}.router", self.router)
         if experts.shared is None:
             return
         linears = (*experts.shared.projections, experts.shared.down)
@@ -96,6 +94,13 @@ class InsertMoEPass(Pass):
         shared |= {f"{linear.role}_bias": linear.bias for linear in linears}
         shared |= {f"vector_{i}": vector for i, vector in enumerate(experts.shared.vectors)}
         graph_module.add_submodule(f"{name}.shared", self._holder(shared, vector_dtypes))
+
+    def _routed_tensors(self) -> dict[str, Tensor | None]:
+        experts = self.experts
+        tensors: dict[str, Tensor | None] = {"down_proj": experts.down, "down_proj_bias": experts.expert_bias}
+        for role, weight, bias in zip(experts.roles, experts.projections, experts.projection_biases, strict=True):
+            tensors |= {role: weight, f"{role}_bias": bias}
+        return tensors | {f"vector_{i}": vector for i, vector in enumerate(experts.vectors)}
 
     def _holder(self, tensors: dict[str, Tensor | None], vector_dtypes: dict[str, torch.dtype]) -> nn.Module:
         dtypes = {**self.dtypes, **vector_dtypes}
@@ -113,11 +118,24 @@ class InsertMoEPass(Pass):
         call = graph.call_function
         tokens = x if site.x_axis == -1 else call(aten.movedim.int, (x, site.x_axis, -1))
         flat = call(aten.reshape.default, (tokens, [-1, self.match.hidden_size]))
-        routed = graph.call_module(f"{name}.router", (flat,))
+        parameters = _Parameters(graph, graph_module.get_submodule(f"{name}.experts"), f"{name}.experts")
+        y = None if self.router is None else self._routed(graph, parameters, flat)
+        if self.experts.shared is not None:
+            shared = self._shared(graph_module, flat)
+            y = shared if y is None else call(aten.add.Tensor, (y, shared))
+        if y is None:
+            raise PassError(f"{name} has neither routed nor shared experts")
+        bias = parameters.get("bias")
+        y = y if bias is None else call(aten.add.Tensor, (y, bias))
+        y = call(aten.reshape.default, (y, shape))
+        return y if site.down_axis == -1 else call(aten.movedim.int, (y, -1, site.down_axis))
+
+    def _routed(self, graph: Graph, parameters: _Parameters, flat: Node) -> Node:
+        call = graph.call_function
+        routed = graph.call_module(f"{self.match.name}.router", (flat,))
         routing_weights, expert_ids = call(operator.getitem, (routed, 0)), call(operator.getitem, (routed, 1))
         dispatched = call(moe.dispatch.default, (flat, expert_ids, self.experts.num_routed))
         rows, order, offsets = (call(operator.getitem, (dispatched, i)) for i in range(3))
-        parameters = _Parameters(graph, graph_module.get_submodule(f"{name}.experts"), f"{name}.experts")
         projected = [
             call(moe.expert_linear.default, (rows, parameters[role], parameters.get(f"{role}_bias"), offsets))
             for role in self.experts.roles
@@ -126,13 +144,7 @@ class InsertMoEPass(Pass):
         hidden = self._activate(graph, [*projected, *vectors])
         down_proj, down_bias = parameters["down_proj"], parameters.get("down_proj_bias")
         out = call(moe.expert_linear.default, (hidden, down_proj, down_bias, offsets))
-        y = call(moe.combine.default, (out, routing_weights, order))
-        if self.experts.shared is not None:
-            y = call(aten.add.Tensor, (y, self._shared(graph_module, flat)))
-        bias = parameters.get("bias")
-        y = y if bias is None else call(aten.add.Tensor, (y, bias))
-        y = call(aten.reshape.default, (y, shape))
-        return y if site.down_axis == -1 else call(aten.movedim.int, (y, -1, site.down_axis))
+        return call(moe.combine.default, (out, routing_weights, order))
 
     def _row_vectors(self, graph: Graph, parameters: _Parameters, expert_ids: Node, order: Node) -> list[Node]:
         """The per-neuron vectors of each row's expert: `[T*K, m]`; single numbers stay as they are."""

@@ -63,8 +63,10 @@ class SparsifyConfig:
             convert it all the same. The report holds prediction and measurement. Empty measures nothing, so that the
             same model gives the same result on every machine.
         router_hidden_size: width of the router's hidden layer.
-        refit: refit down_proj in closed form to the routing (needs calibration). Without it `set_top_k(num_experts)`
-            gives the dense model back.
+        refit: fit the experts to the routing (needs calibration): down_proj in closed form, then `distill_steps`.
+            Without it `set_top_k(num_experts)` gives the dense model back.
+        distill_steps: steps in which experts and router of an FFN are trained together towards the hidden state of the
+            dense model, on the calibration tokens; fewer where those are few. 0 stops after the closed form.
         ridge: strength of the pull to the old weights in the refit, relative to the mean square of a neuron.
         max_calibration_tokens: no more calibration batches are read once this many tokens were seen.
         seed: of the clustering and the training of the routers.
@@ -78,6 +80,7 @@ class SparsifyConfig:
     target_tokens: tuple[int, ...] | list[int] | int = ()
     router_hidden_size: int = 64
     refit: bool = True
+    distill_steps: int = 150
     ridge: float = 1e-3
     max_calibration_tokens: int = 65_536
     seed: int = 0
@@ -95,6 +98,7 @@ class SparsifyConfig:
         object.__setattr__(self, "overrides", _freeze_overrides(self.overrides))
         object.__setattr__(self, "target_tokens", _read_tokens(self.target_tokens))
         _at_least("router_hidden_size", self.router_hidden_size, 1)
+        _at_least("distill_steps", self.distill_steps, 0)
         _at_least("max_calibration_tokens", self.max_calibration_tokens, 1)
         if not self.ridge > 0:
             raise ValueError(f"ridge must be above 0, got {self.ridge}")

@@ -61,6 +61,11 @@ class Experts:
 
     def __call__(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         """Run the selected experts through the ops that the graph will hold: `[T, D]`, `[T, K]` -> `[T, D_out]`."""
+        y = self._routed(x, expert_ids) if self.num_routed else x.new_zeros(len(x), self.down.shape[1])
+        y = y if self.shared is None else y + self.shared(x)
+        return y if self.bias is None else y + self.bias
+
+    def _routed(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         rows, order, offsets = ops.dispatch(x, expert_ids, self.num_routed)
         biases = zip(self.projections, self.projection_biases, strict=True)
         projected = [ops.expert_linear(rows, weight, bias, offsets) for weight, bias in biases]
@@ -68,9 +73,7 @@ class Experts:
         vectors = [v.index_select(0, expert_of_row) if v.dim() == 2 else v for v in self.vectors]
         hidden = self.activation(*projected, *vectors)
         outputs = ops.expert_linear(hidden, self.down, self.expert_bias, offsets)
-        y = ops.combine(outputs, torch.ones_like(expert_ids, dtype=x.dtype), order)
-        y = y if self.shared is None else y + self.shared(x)
-        return y if self.bias is None else y + self.bias
+        return ops.combine(outputs, torch.ones_like(expert_ids, dtype=x.dtype), order)
 
 
 def divide(dense: DenseFFN, neurons: Tensor, num_shared: int) -> Experts:

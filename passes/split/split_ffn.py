@@ -1,6 +1,6 @@
 """One dense FFN and a sample of its inputs -> routed experts: the methods of this folder in their order.
 
-statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit
+statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit -> distil
 T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, m neurons of an expert.
 """
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from sparsify.config import SparsifyConfig
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN
+from sparsify.passes.split.distill_block import distill_block
 from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.refit import refit
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 from sparsify.passes.split.train_router import expert_norms, train_router
 from sparsify.passes.verify import receipt
-from sparsify.routers import MLPRouter
+from sparsify.routers import Router
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
 _HELD_OUT = 10  # every tenth token is kept out of every fit
@@ -28,18 +29,25 @@ _HELD_OUT = 10  # every tenth token is kept out of every fit
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens `x` `[T, D]` and the output `target` `[T, D_out]` that is wanted for them."""
+    """Tokens `x` `[T, D]`, the output `target` `[T, D_out]` that is wanted for them, and what an error there weighs.
+
+    `weight` `[T]` has the mean 1.
+    """
 
     x: Tensor
     target: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
 class SplitResult:
-    """The experts, their router and what the report says of them (see `FFNReport` for the figures)."""
+    """The experts, their router and what the report says of them (see `FFNReport` for the figures).
+
+    Without routed experts `router` is None.
+    """
 
     experts: Experts
-    router: MLPRouter
+    router: Router | None
     receipt: float
     error: float
     error_before_refit: float | None
@@ -49,7 +57,7 @@ class SplitResult:
 def split_ffn(
     dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
 ) -> SplitResult:
-    """Divide, route and refit.
+    """Divide, route and fit.
 
     Args:
         dense: the FFN.
@@ -77,13 +85,22 @@ def split_ffn(
         receipt=receipt(original, experts, torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])),
         error=error,
         error_before_refit=None,
-        tokens_per_expert=tuple(torch.bincount(expert_ids.flatten(), minlength=experts.num_routed).tolist()),
+        tokens_per_expert=tokens_per_expert(experts, router, fit.x),
     )
     if not (config.refit and may_refit) or routed_k == experts.num_routed:
         return result
-    refitted = refit(experts, mean.flatten(), fit.x, fit.target, expert_ids, config.ridge)
+    experts = refit(experts, mean.flatten(), fit.x, fit.target, fit.weight, expert_ids, config.ridge)
+    if config.distill_steps:
+        experts, router = distill_block(
+            experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
+        )
     return replace(
-        result, experts=refitted, error=relative_error(refitted, router, measured), error_before_refit=error
+        result,
+        experts=experts,
+        router=router,
+        error=relative_error(experts, router, measured),
+        error_before_refit=error,
+        tokens_per_expert=tokens_per_expert(experts, router, fit.x),
     )
 
 
@@ -92,13 +109,23 @@ def hold_out(sample: Sample) -> tuple[Sample, Sample]:
     held = torch.arange(len(sample.x)) % _HELD_OUT == _HELD_OUT - 1
     if not held.any():
         return sample, sample
-    return Sample(sample.x[~held], sample.target[~held]), Sample(sample.x[held], sample.target[held])
+    fit, measured = (
+        Sample(sample.x[rows], sample.target[rows], sample.weight[rows]) for rows in (~held, held)
+    )
+    return fit, measured
 
 
-def relative_error(experts: Experts, router: MLPRouter, sample: Sample) -> float:
-    """`|routed output - target| / |target|`, L2 over all tokens."""
+def relative_error(experts: Experts, router: Router | None, sample: Sample) -> float:
+    """`|routed output - target| / |target|`, L2 over all tokens by their weights."""
     difference, size = 0.0, 0.0
-    for x, target in zip(chunks(sample.x), chunks(sample.target), strict=True):
-        difference += float((experts(x, router(x)[1]) - target).double().square().sum())
-        size += float(target.double().square().sum())
+    for x, target, weight in zip(chunks(sample.x), chunks(sample.target), chunks(sample.weight), strict=True):
+        expert_ids = x.new_empty(len(x), 0, dtype=torch.int64) if router is None else router(x)[1]
+        difference += float(weight.double() @ (experts(x, expert_ids) - target).double().square().sum(1))
+        size += float(weight.double() @ target.double().square().sum(1))
     return (difference / size) ** 0.5 if size else difference**0.5
+
+
+def tokens_per_expert(experts: Experts, router: Router, x: Tensor) -> tuple[int, ...]:
+    """How many tokens of `x` each routed expert gets."""
+    counts = sum(torch.bincount(router(part)[1].flatten(), minlength=experts.num_routed) for part in chunks(x))
+    return tuple(torch.as_tensor(counts).tolist())
