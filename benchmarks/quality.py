@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 import typer
-from quality_methods import METHODS, Method, ffn_size, importance_by_layer
+from quality_methods import METHODS, Method, ffn_size, importance_by_layer, router_width
 from quality_subjects import Subject, load_subject
 from quality_tables import plot, tables
 
@@ -104,13 +104,16 @@ def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: lis
     size = ffn_size(subject)
     experts = max(16, size.neurons // _EXPERT_SIZE)
     options: dict[str, Any] = {**method.options, "num_experts": experts, "select": "all", "seed": key["seed"]}
+    options["router_hidden_size"] = router_width(size.hidden)
     fits = [k for k in range(1, experts) if method.share(size, experts, k) <= key["budget"]]
     if not fits:
         raise typer.BadParameter(f"the router alone of {key['method']} exceeds {key['budget']:.1%}")
     options |= {"top_k": max(fits), "num_shared_experts": method.num_shared(experts, max(fits))}
     if method.uneven:
         scores = importance_by_layer(subject, batches, experts)
-        options["overrides"] = {name: {"top_k": k} for name, k in method.uneven(scores, max(fits)).items()}
+        uneven = method.uneven(scores, max(fits)).items()
+        shared = {name: method.num_shared(experts, k) for name, k in uneven}
+        options["overrides"] = {name: {"top_k": k, "num_shared_experts": shared[name]} for name, k in uneven}
     # Another function in the place of ours: the rest of the pipeline is the same for all.
     with mock.patch("sparsify.passes.convert.split_ffn", method.split):
         return sparsify(subject.model, (), subject.example, calibration=batches, **options)

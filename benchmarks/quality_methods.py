@@ -30,7 +30,6 @@ from sparsify.passes.verify import receipt
 from sparsify.routers import Router
 
 Split = Callable[..., SplitResult]
-ROUTER_WIDTH = SparsifyConfig().router_hidden_size
 
 
 @dataclass(frozen=True)
@@ -231,46 +230,6 @@ class NeuronRouter(Router):
         return self._activation(*projected, *self._vectors).abs()
 
 
-def static(
-    dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
-) -> SplitResult:
-    """The neurons of the largest variance in the output stay (WIFV), the others' mean is folded, down_proj refitted."""
-    return _pruned(dense, original, fit, measured, config, with_refit=True)
-
-
-def flap(
-    dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
-) -> SplitResult:
-    """An et al., arXiv 2312.11983: the same score and folded means, no refit."""
-    return _pruned(dense, original, fit, measured, config, with_refit=False)
-
-
-def _pruned(
-    dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, with_refit: bool
-) -> SplitResult:
-    """E parts by falling importance; the first K of them are the shared expert, and no other is kept."""
-    statistics = measure_neurons(dense, fit.x)
-    order = importance(dense, statistics).argsort(descending=True, stable=True)
-    size = len(order) // config.num_experts
-    kept, dropped = order[: config.top_k * size], order[config.top_k * size :]
-    whole = divide(dense, order[None], 0)
-    constant = dense.down.weight[:, dropped] @ statistics.mean[dropped].to(dense.down.weight.dtype)
-    bias = constant if dense.down.bias is None else dense.down.bias + constant
-    experts = replace(divide(dense, kept.view(config.top_k, size), config.top_k), bias=bias)
-    if with_refit:
-        none = torch.zeros(len(fit.x), 0, dtype=torch.int64)
-        mean = statistics.mean[kept]
-        experts = refit(experts, mean, fit.x, fit.target, fit.weight, none, config.ridge)
-    return SplitResult(
-        experts=experts,
-        router=None,
-        receipt=receipt(original, whole, fit.x[:256]),
-        error=relative_error(experts, None, measured),
-        error_before_refit=None,
-        tokens_per_expert=(),
-    )
-
-
 def ffn_size(subject: Subject) -> Size:
     """All FFNs of a subject have one size."""
     first = inspect(subject.model, (), subject.example).ffns[0]
@@ -286,7 +245,7 @@ def importance_by_layer(subject: Subject, batches: list[Any], experts: int) -> d
     ) -> SplitResult:
         scores = importance(dense, measure_neurons(dense, fit.x)).sort(descending=True).values
         found.append(scores[: len(scores) // experts * experts].view(experts, -1).mean(1))
-        return flap(dense, original, fit, measured, config, may_refit=False)
+        return split_ffn(dense, original, fit, measured, config, may_refit=False)
 
     with mock.patch("sparsify.passes.convert.split_ffn", record):
         options: dict[str, Any] = {"num_experts": experts, "top_k": experts, "num_shared_experts": 0, "select": "all"}
@@ -303,8 +262,13 @@ def _one_threshold(scores: dict[str, Tensor], top_k: int) -> dict[str, int]:
     return {name: max(1, int((part >= threshold).sum())) for name, part in standard.items()}
 
 
+def router_width(hidden_size: int) -> int:
+    """Of the two-layer router: about 2 % of the multiply-adds of an FFN of the usual width."""
+    return max(8, hidden_size // 8)
+
+
 def _mlp(size: Size, routed: int) -> int:
-    return ROUTER_WIDTH * (size.hidden + routed)
+    return router_width(size.hidden) * (size.hidden + routed)
 
 
 def _neuron(size: Size, routed: int) -> int:
@@ -321,6 +285,10 @@ def few_shared(experts: int, top_k: int) -> int:
     return SparsifyConfig(num_experts=experts, top_k=top_k).shared
 
 
+def _all_shared(experts: int, top_k: int) -> int:
+    return top_k
+
+
 def _half_shared(experts: int, top_k: int) -> int:
     return top_k // 2
 
@@ -328,8 +296,15 @@ def _half_shared(experts: int, top_k: int) -> int:
 METHODS: dict[str, Method] = {
     "ours": Method("clusters, shared expert, router, refit, block-wise training", split_ffn, _mlp, few_shared),
     "ours, closed form": Method("the same without training", split_ffn, _mlp, few_shared, {"distill_steps": 0}),
-    "static": Method("static pruning by output variance, folded means, our refit", static, _none),
-    "FLAP-like": Method("static, one threshold for all layers, folded means", flap, _none, uneven=_one_threshold),
+    "static": Method("static pruning by output variance, folded means, our refit", split_ffn, _none, _all_shared),
+    "FLAP-like": Method(
+        says="static pruning, one threshold for all layers, folded means",
+        split=split_ffn,
+        router=_none,
+        num_shared=_all_shared,
+        options={"refit": False},
+        uneven=_one_threshold,
+    ),
     "random split": Method("random experts, our router and refit, no training", random_split, _mlp),
     "MoEfication": Method("weight clusters, tanh router", moefication, lambda s, r: r * (s.hidden + r)),
     "CMoE": Method("activation rates, one-neuron router, half of K shared", cmoe, _neuron, _half_shared),

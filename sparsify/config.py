@@ -47,7 +47,8 @@ class SparsifyConfig:
     Attributes:
         num_experts: equal parts that the neurons of an FFN are divided into, shared experts included.
         top_k: parts that run for a token, shared experts included; `top_k / num_experts` of the FFN is computed.
-        num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none.
+        num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none. As
+            many as `top_k`: static pruning, no part is routed.
         select: which FFNs to convert. "auto": those that map the hidden size to itself and are wide enough to pay;
             "all": every legal one; glob patterns on names, each of which must match; a predicate on `FFNMatch`.
             The others choose among what "auto" takes, n FFNs in graph order:
@@ -80,7 +81,7 @@ class SparsifyConfig:
     target_tokens: tuple[int, ...] | list[int] | int = ()
     router_hidden_size: int = 64
     refit: bool = True
-    distill_steps: int = 150
+    distill_steps: int = 200
     ridge: float = 1e-3
     max_calibration_tokens: int = 65_536
     seed: int = 0
@@ -153,10 +154,10 @@ def check_counts(num_experts: int, top_k: int, num_shared_experts: int | None) -
     if num_shared_experts is None:
         return
     _whole("num_shared_experts", num_shared_experts)
-    if not 0 <= num_shared_experts < top_k:
+    if not 0 <= num_shared_experts <= top_k:
         raise ValueError(
-            f"num_shared_experts must be between 0 and top_k - 1 ({top_k - 1}), as the shared experts are among the "
-            f"top_k that run for a token, got {num_shared_experts}"
+            f"num_shared_experts must be between 0 and top_k ({top_k}), as the shared experts are among the top_k that "
+            f"run for a token, got {num_shared_experts}"
         )
 
 

@@ -25,9 +25,13 @@ def batches() -> list[Tensor]:
     return [torch.randint(0, 256, (8, 32), generator=generator) for _ in range(6)]
 
 
-def converted(dense: nn.Module, batches: list[Tensor]) -> SparseModel:
+@pytest.fixture(scope="module")
+def folder(dense: nn.Module, batches: list[Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The conversion, saved: every test loads a fresh one, so values are found by name in a loaded model too."""
     options = {"num_experts": 4, "top_k": 2, "num_shared_experts": 0, "select": "all", "refit": False}
-    return sparsify(dense, batches[0][:2, :5], calibration=batches, **options)
+    folder = tmp_path_factory.mktemp("converted")
+    sparsify(dense, batches[0][:2, :5], calibration=batches, **options).save(folder)
+    return folder
 
 
 
@@ -36,13 +40,15 @@ def changed(sparse: SparseModel, before: dict[str, Tensor]) -> list[str]:
 
 
 @pytest.mark.parametrize("through", ["model", "block"])
-def test_comes_closer_and_changes_only_experts(dense: nn.Module, batches: list[Tensor], through: str) -> None:
+def test_comes_closer_and_changes_only_experts(
+    dense: nn.Module, batches: list[Tensor], folder: Path, through: str
+) -> None:
     """Protects: the aim; weights that the dense model shares stay."""
-    sparse = converted(dense, batches)
+    sparse = SparseModel.load(folder)
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     original = {name: value.clone() for name, value in dense.state_dict().items()}
     wanted_gradients = [parameter.requires_grad for parameter in sparse.parameters()]
-    report = distill(sparse, dense, batches, steps=30, through=through)  # type: ignore[arg-type]
+    report = distill(sparse, dense, batches, steps=20, through=through)  # type: ignore[arg-type]
     assert sum(report.losses[-6:]) < 0.95 * sum(report.losses[:6])
     assert all(torch.equal(value, original[name]) for name, value in dense.state_dict().items())
     names = changed(sparse, before)
@@ -51,9 +57,9 @@ def test_comes_closer_and_changes_only_experts(dense: nn.Module, batches: list[T
     assert [parameter.requires_grad for parameter in sparse.parameters()] == wanted_gradients
 
 
-def test_routers_alone(dense: nn.Module, batches: list[Tensor]) -> None:
+def test_routers_alone(dense: nn.Module, batches: list[Tensor], folder: Path) -> None:
     """Protects: train="routers" leaves the experts alone."""
-    sparse = converted(dense, batches)
+    sparse = SparseModel.load(folder)
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     distill(sparse, dense, batches, steps=5, train="routers")
     names = changed(sparse, before)
@@ -61,36 +67,32 @@ def test_routers_alone(dense: nn.Module, batches: list[Tensor]) -> None:
     assert all(".router." in name for name in names)
 
 
-def test_goes_on_from_a_checkpoint_to_the_same_weights(dense: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
+def test_goes_on_from_a_checkpoint_to_the_same_weights(
+    dense: nn.Module, batches: list[Tensor], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Protects: moments, order of the batches and learning rate are restored; nothing is pickled."""
-    whole, broken = converted(dense, batches), converted(dense, batches)
-    distill(whole, dense, batches, steps=52)
+    monkeypatch.setattr("sparsify.distillation._EVERY", 4)
+    whole, broken = SparseModel.load(folder), SparseModel.load(folder)
+    distill(whole, dense, batches, steps=7)
     file = tmp_path / "training.safetensors"
 
     def stop(step: int, steps: int, loss: float) -> None:
-        if step == 51:
+        if step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(broken, dense, batches, steps=52, checkpoint=file, progress=stop)
-    again = converted(dense, batches)
-    report = distill(again, dense, batches, steps=52, checkpoint=file)
-    assert report.first_step == 50
+        distill(broken, dense, batches, steps=7, checkpoint=file, progress=stop)
+    again = SparseModel.load(folder)
+    report = distill(again, dense, batches, steps=7, checkpoint=file)
+    assert report.first_step == 4
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
     with pytest.raises(ValueError, match="is of another training"):
-        distill(again, dense, batches, steps=53, checkpoint=file)
+        distill(again, dense, batches, steps=8, checkpoint=file)
 
 
-def test_trains_a_loaded_model(dense: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
-    """Protects: the values of both graphs are found by name in a model that was saved."""
-    converted(dense, batches).save(tmp_path)
-    report = distill(SparseModel.load(tmp_path), dense, batches, steps=2)
-    assert len(report.losses) == 2
-
-
-def test_refusals(dense: nn.Module, batches: list[Tensor]) -> None:
+def test_refusals(dense: nn.Module, batches: list[Tensor], folder: Path) -> None:
     """Protects: what cannot work is refused with a reason."""
-    sparse = converted(dense, batches)
+    sparse = SparseModel.load(folder)
     with pytest.raises(TypeError, match="needs a SparseModel, got"):
         distill(dense, dense, batches, steps=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='train must be "experts" or "routers"'):

@@ -20,7 +20,7 @@ from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
 from sparsify.routers import Router
 
-_BATCH = 512
+_BATCH = 256
 _MOST_PASSES = 8  # over the tokens: more would learn them by heart
 _EXPERT_LEARNING_RATE = 2e-3
 _ROUTER_LEARNING_RATE = 3e-3
@@ -37,7 +37,7 @@ def distill_block(
         x: `[T, D]`, T > 0.
         target: `[T, D_out]`, the output that is wanted for each token.
         weight: `[T]`, of each token in the error.
-        steps: of at most 512 tokens; fewer are made where they would pass over the tokens more than 8 times.
+        steps: of at most 256 tokens; fewer are made where they would pass over the tokens more than 8 times.
         seed: of the order of the tokens.
 
     Returns:
@@ -50,7 +50,9 @@ def distill_block(
     block = _Block(experts, router)
     rates = [_EXPERT_LEARNING_RATE, _ROUTER_LEARNING_RATE]
     parameters = [block.own_parameters(), list(block.router.parameters())]
-    optimizer = torch.optim.Adam([{"params": p, "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
+    optimizer = torch.optim.Adam(
+        [{"params": p, "lr": rate} for p, rate in zip(parameters, rates, strict=True)], fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
     with torch.enable_grad():
         for _ in range(steps):
@@ -100,17 +102,17 @@ class _Block(nn.Module):
         """`[T]`: squared error of each token, and what its routing has to learn."""
         projected = [functional.linear(x, up, bias) for up, bias in zip(self.ups, self.biases, strict=True)]
         hidden = self._experts.activation(*projected, *self.vectors)  # [T, F]
-        shared, routed = hidden[:, : self.num_shared], hidden[:, self.num_shared :].unflatten(1, (-1, self.size))
         logits = self.router.logits(x)
         chosen = choose(logits.detach(), self.router.top_k)
-        neurons = torch.cat([shared, (routed * chosen.unsqueeze(2)).flatten(1)], dim=1)
-        error = target - torch.addmm(self.bias, neurons, self.down) - chosen @ self.expert_bias
-        gains = self._gains(routed.detach(), error.detach(), chosen)
+        runs = functional.pad(chosen.repeat_interleave(self.size, dim=1), (self.num_shared, 0), value=1.0)  # [T, F]
+        error = target - torch.addmm(self.bias, hidden * runs, self.down) - chosen @ self.expert_bias
+        gains = self._gains(hidden.detach()[:, self.num_shared :], error.detach(), chosen)
         return error.square().sum(1) + choice_loss(logits, gains, self.router.top_k)
 
     @torch.no_grad()
     def _gains(self, routed: Tensor, error: Tensor, chosen: Tensor) -> Tensor:
-        """`[T, R]`; `routed` is `[T, R, m]`. |d_e|^2 comes from the m x m products of an expert's columns."""
+        """`[T, R]`; `routed` is `[T, R * m]`. |d_e|^2 comes from the m x m products of an expert's columns."""
+        routed = routed.unflatten(1, (-1, self.size))  # [T, R, m]
         down = self.down[self.num_shared :]  # [R * m, D_out]
         inner = (routed * (error @ down.t()).view_as(routed)).sum(2) + error @ self.expert_bias.t()
         columns = down.view(self.num_routed, self.size, -1)

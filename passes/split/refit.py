@@ -51,8 +51,9 @@ def _features(experts: Experts, mean: Tensor, x: Tensor, expert_ids: Tensor) -> 
     selected = torch.zeros(len(x), experts.num_routed, dtype=x.dtype).scatter_(1, expert_ids, 1.0)
     num_routed, size = experts.num_routed, experts.down.shape[2]
     hidden = _all_hidden(experts, x) - mean.to(x.dtype)
-    routed = hidden[:, -num_routed * size :].view(len(x), num_routed, size) * selected.unsqueeze(-1)
-    return torch.cat([hidden[:, : -num_routed * size], routed.flatten(1), selected], dim=1)
+    shared, routed = hidden.split([hidden.shape[1] - num_routed * size, num_routed * size], dim=1)
+    routed = routed.view(len(x), num_routed, size) * selected.unsqueeze(-1)
+    return torch.cat([shared, routed.flatten(1), selected], dim=1)
 
 
 def _all_hidden(experts: Experts, x: Tensor) -> Tensor:

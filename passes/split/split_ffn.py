@@ -17,6 +17,7 @@ from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.distill_block import distill_block
 from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.fold_mean import fold_mean
+from sparsify.passes.split.prune import prune
 from sparsify.passes.split.refit import refit
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 from sparsify.passes.split.train_router import expert_norms, train_router
@@ -24,6 +25,7 @@ from sparsify.passes.verify import receipt
 from sparsify.routers import Router
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
+_CLOSED_FORM_TOKENS = 16_384  # where training on all of them follows
 _HELD_OUT = 10  # every tenth token is kept out of every fit
 
 
@@ -70,14 +72,18 @@ def split_ffn(
     Returns:
         The split. Same inputs, same result.
     """
+    if config.shared == config.top_k:
+        return _prune(dense, original, fit, measured, config, may_refit=may_refit)
     routed_k = config.top_k - config.shared
-    statistics = measure_neurons(dense, fit.x)
-    profiles = activation_profiles(dense, fit.x)
+    may_fit = config.refit and may_refit and config.top_k < config.num_experts
+    trains = may_fit and config.distill_steps > 0
+    few = _thin(fit) if trains else fit  # what comes before the training only has to begin it
+    statistics = measure_neurons(dense, few.x)
+    profiles = activation_profiles(dense, few.x)
     neurons = choose_neurons(profiles, importance(dense, statistics), config.num_experts, config.shared, config.seed)
     mean = statistics.mean[neurons.clamp(min=0)]  # [E, m]
     experts = fold_mean(divide(dense, neurons, config.shared), mean[config.shared :])
-    router = train_router(fit.x, expert_norms(experts, fit.x), routed_k, config.router_hidden_size, config.seed)
-    expert_ids = torch.cat([router(part)[1] for part in chunks(fit.x)])
+    router = train_router(few.x, expert_norms(experts, few.x), routed_k, config.router_hidden_size, config.seed)
     error = relative_error(experts, router, measured)
     result = SplitResult(
         experts=experts,
@@ -87,10 +93,11 @@ def split_ffn(
         error_before_refit=None,
         tokens_per_expert=tokens_per_expert(experts, router, fit.x),
     )
-    if not (config.refit and may_refit) or routed_k == experts.num_routed:
+    if not may_fit:
         return result
-    experts = refit(experts, mean.flatten(), fit.x, fit.target, fit.weight, expert_ids, config.ridge)
-    if config.distill_steps:
+    expert_ids = torch.cat([router(part)[1] for part in chunks(few.x)])
+    experts = refit(experts, mean.flatten(), few.x, few.target, few.weight, expert_ids, config.ridge)
+    if trains:
         experts, router = distill_block(
             experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
         )
@@ -102,6 +109,27 @@ def split_ffn(
         error_before_refit=error,
         tokens_per_expert=tokens_per_expert(experts, router, fit.x),
     )
+
+
+def _prune(
+    dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
+) -> SplitResult:
+    """No routed experts. The receipt is that of the neurons in their new order, before any is dropped."""
+    everything, _ = prune(dense, fit.x, config.num_experts, config.num_experts)
+    experts, mean = prune(dense, fit.x, config.num_experts, config.top_k)
+    error = relative_error(experts, None, measured)
+    tokens = torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])
+    result = SplitResult(experts, None, receipt(original, everything, tokens), error, None, ())
+    if not (config.refit and may_refit):
+        return result
+    nobody = torch.zeros(len(fit.x), 0, dtype=torch.int64)
+    experts = refit(experts, mean, fit.x, fit.target, fit.weight, nobody, config.ridge)
+    return replace(result, experts=experts, error=relative_error(experts, None, measured), error_before_refit=error)
+
+
+def _thin(sample: Sample) -> Sample:
+    step = -(-len(sample.x) // _CLOSED_FORM_TOKENS)
+    return Sample(sample.x[::step], sample.target[::step], sample.weight[::step])
 
 
 def hold_out(sample: Sample) -> tuple[Sample, Sample]:
