@@ -105,6 +105,8 @@ def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: lis
     experts = max(16, size.neurons // _EXPERT_SIZE)
     options: dict[str, Any] = {**method.options, "num_experts": experts, "select": "all", "seed": key["seed"]}
     options["router_hidden_size"] = router_width(size.hidden)
+    if method.allocates:
+        return sparsify(subject.model, (), subject.example, calibration=batches, budget=key["budget"], **options)
     fits = [k for k in range(1, experts) if method.share(size, experts, k) <= key["budget"]]
     if not fits:
         raise typer.BadParameter(f"the router alone of {key['method']} exceeds {key['budget']:.1%}")

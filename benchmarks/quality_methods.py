@@ -52,6 +52,7 @@ class Method:
         num_shared: of E experts of which K run, how many always run.
         options: fields of `SparsifyConfig` that differ.
         uneven: K of each layer, from the importance of its E parts and the mean K.
+        allocates: `budget=` chooses K and the shared experts of each layer.
         bound: it needs what no deployed model has.
     """
 
@@ -61,6 +62,7 @@ class Method:
     num_shared: Callable[[int, int], int] = lambda experts, top_k: 0
     options: dict[str, Any] = field(default_factory=lambda: {})
     uneven: Callable[[dict[str, Tensor], int], dict[str, int]] | None = None
+    allocates: bool = False
     bound: bool = False
 
     def share(self, size: Size, experts: int, top_k: int) -> float:
@@ -295,6 +297,9 @@ def _half_shared(experts: int, top_k: int) -> int:
 
 METHODS: dict[str, Method] = {
     "ours": Method("clusters, shared expert, router, refit, block-wise training", split_ffn, _mlp, few_shared),
+    "ours, budget": Method(
+        "ours, K of each layer and pruning by measured error", split_ffn, _mlp, few_shared, allocates=True
+    ),
     "ours, closed form": Method("the same without training", split_ffn, _mlp, few_shared, {"distill_steps": 0}),
     "static": Method("static pruning by output variance, folded means, our refit", split_ffn, _none, _all_shared),
     "FLAP-like": Method(

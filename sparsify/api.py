@@ -15,6 +15,7 @@ from sparsify.config import SparsifyConfig
 from sparsify.convert_parts import Conversion, convert_parts
 from sparsify.errors import CaptureError, NoFFNError
 from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
+from sparsify.passes.allocate import with_budget
 from sparsify.passes.calibrate import Call, read_batches, without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, same_random_numbers
 from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart, capture_parts
@@ -120,7 +121,7 @@ def sparsify(
         A `SparseModel` with the inputs and outputs of the model; `.report` says what was done.
 
     Raises:
-        ValueError: an option is not valid.
+        ValueError: an option is not valid, or does not go with another.
         CaptureError: the model cannot be traced (nor can parts of it that hold an FFN), or the example inputs do not
             fit it.
         NoFFNError: the model has no FFN that can be split.
@@ -130,6 +131,7 @@ def sparsify(
     """
     _refuse_contradiction(plan, options)
     config = _config(config, options)
+    _refuse_budget(config, plan, options, calibration)
     args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
     clock = _Clock(progress)
     captured = clock.run("capture", lambda: _capture(model, args, kwargs, dynamic_shapes, allow_parts))
@@ -193,6 +195,7 @@ def _convert_whole(
 ) -> Conversion:
     """As `convert_parts`, for a model that is one graph."""
     (whole,) = found.parts
+    plan = with_budget(whole.graph_module, whole.matches, plan, config, calibration)
     results, tokens = convert(
         whole.graph_module, whole.matches, plan, config, calibration, whole.example, progress, consume=consume
     )
@@ -215,6 +218,17 @@ def _refuse_contradiction(plan: ConversionPlan | None, options: dict[str, Any]) 
     clash = [name for name in planned if name in options]
     if plan is not None and clash:
         raise ValueError(f"plan= already says what {', '.join(clash)} would; give the plan or the options, not both")
+
+
+def _refuse_budget(
+    config: SparsifyConfig, plan: ConversionPlan | None, options: dict[str, Any], calibration: object
+) -> None:
+    if config.budget is None:
+        return
+    if plan is not None or "top_k" in options or "num_shared_experts" in options:
+        raise ValueError("budget= chooses top_k and num_shared_experts of every FFN; give one or the other")
+    if calibration is None:
+        raise ValueError("budget= goes by measured errors, so it needs calibration=: batches of real inputs")
 
 
 def _require_free_names(model: nn.Module, graph_module: GraphModule) -> None:

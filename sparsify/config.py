@@ -49,6 +49,9 @@ class SparsifyConfig:
         top_k: parts that run for a token, shared experts included; `top_k / num_experts` of the FFN is computed.
         num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none. As
             many as `top_k`: static pruning, no part is routed.
+        budget: share of the multiply-adds of the converted FFNs that may remain, routers included. `top_k` and
+            `num_shared_experts` of each are then chosen by measured error, pruning and leaving it dense among the
+            choices; needs calibration data. None: `top_k` everywhere.
         select: which FFNs to convert. "auto": those that map the hidden size to itself and are wide enough to pay;
             "all": every legal one; glob patterns on names, each of which must match; a predicate on `FFNMatch`.
             The others choose among what "auto" takes, n FFNs in graph order:
@@ -76,6 +79,7 @@ class SparsifyConfig:
     num_experts: int = 16
     top_k: int = 4
     num_shared_experts: int | None = None
+    budget: float | None = None
     select: Select = "auto"
     overrides: Overrides = ()
     target_tokens: tuple[int, ...] | list[int] | int = ()
@@ -93,6 +97,8 @@ class SparsifyConfig:
             ValueError: says what was given and what is allowed.
         """
         check_counts(self.num_experts, self.top_k, self.num_shared_experts)
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ValueError(f"budget must be a share of the multiply-adds between 0 and 1, got {self.budget!r}")
         _check_select(self.select)
         if isinstance(self.select, list):
             object.__setattr__(self, "select", tuple(self.select))
