@@ -1,49 +1,151 @@
-"""What calibration and the refit are worth on a real model: the task metric of several conversions of the same size.
+"""What a conversion costs in quality: our methods, published ones and bounds, at the same FLOPs, on the same data.
 
-    python benchmarks/quality.py minilm --experts 16 --top-k 4
+    python benchmarks/quality.py minilm                                       every method and budget, three seeds
+    python benchmarks/quality.py smollm2 --budget 0.75 --method ours --seeds 1
+    python benchmarks/quality.py minilm --eval-text FILE                      judged on a text of yours
 
-Prints a Markdown table with the name of the machine.
+Budgets are shares of the multiply-adds of the FFNs; router and shared experts count. Calibration and evaluation are
+disjoint by document, and options were chosen on a third set (`--split development`). Every cell is written to
+out/quality/MODEL.json when it is done, and cells that are there are not run again; the tables and the plot of quality
+against measured latency are made from the file.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
+import torch
 import typer
+from quality_methods import METHODS, Method, ffn_size, importance_by_layer, router_width
+from quality_subjects import Subject, load_subject
+from quality_tables import plot, tables
 
-from sparsify import sparsify
+from sparsify import SparseModel, distill, sparsify
 from sparsify.bench import describe_machine, read_machine
-from sparsify.models.load import load
 
-# What differs from a conversion with all defaults.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "calibrated": {},
-    "calibrated, no shared expert": {"num_shared_experts": 0},
-    "calibrated, no refit": {"refit": False},
-    "weights only": {"calibration": None},
-}
+_BUDGETS = (0.125, 0.25, 0.5, 0.75)
+_EXPERT_SIZE = 32  # neurons
+_ROUNDS, _TIMED_SECONDS = 30, 4.0
+_MIB = 2**20
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="As `sparsify convert` takes it; it must have a metric.")],
-    experts: int = 16,
-    top_k: int = 4,
+    model: Annotated[str, typer.Argument(help="minilm, smollm2, gpt or vit")],
+    budget: Annotated[list[float] | None, typer.Option(help="share of the FFN FLOPs")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(METHODS)}")] = None,
+    seeds: int = 3,
+    distill_minutes: Annotated[float, typer.Option(help="of light training after the conversion, end to end")] = 0,
+    split: Annotated[str, typer.Option(help="held_out, or development to choose options by")] = "held_out",
+    eval_text: Annotated[Path | None, typer.Option(help="judge on this text instead")] = None,
+    out: Path = Path("out/quality"),
 ) -> None:
-    """Convert in every way and measure."""
-    dense = load(model)
-    if dense.metric is None or dense.calibration is None:
-        raise typer.BadParameter(f"{model} has no metric or no calibration data of its own")
-    print(f"{model}: E={experts} K={top_k}, {dense.data}\n{describe_machine(read_machine(with_onnxruntime=False))}\n")
-    print(f"| conversion | {dense.metric.name} | output error | seconds |\n| --- | --- | --- | --- |")
-    print(f"| dense | {dense.metric.evaluate(dense.model):.4f} | 0 | |", flush=True)
-    for name, options in VARIANTS.items():
-        start = time.perf_counter()
-        given: dict[str, Any] = {"calibration": dense.calibration(), "num_experts": experts, "top_k": top_k, **options}
-        sparse = sparsify(dense.model, dense.args, dense.kwargs, **given)
-        seconds = time.perf_counter() - start
-        score, error = dense.metric.evaluate(sparse), sparse.report.output_error
-        print(f"| {name} | {score:.4f} | {error:.3f} | {seconds:.0f} |", flush=True)
+    """Convert, judge and time; print the tables."""
+    unknown = [name for name in method or () if name not in METHODS]
+    if unknown or split not in ("held_out", "development"):
+        raise typer.BadParameter(f"{unknown or split} is not known; methods are {', '.join(METHODS)}")
+    subject = load_subject(model, split, eval_text)  # type: ignore[arg-type]
+    file = out / f"{model}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table: dict[str, Any] = {"machine": describe_machine(read_machine(with_onnxruntime=False)), "data": subject.data}
+    table["dense"] = {name: evaluate(subject.model) for name, evaluate in subject.metrics.items()}
+    table["cells"] = json.loads(file.read_text())["cells"] if file.is_file() else []
+    for key in _cells(budget or _BUDGETS, method or list(METHODS), seeds, distill_minutes, subject.data):
+        if any(all(cell[name] == value for name, value in key.items()) for cell in table["cells"]):
+            continue
+        cell = key | _cell(subject, METHODS[key["method"]], key)
+        print(json.dumps(cell), flush=True)
+        table["cells"].append(cell)
+        file.write_text(json.dumps(table, indent=1))
+    text = tables(table, subject.higher_is_better)
+    print(text)
+    file.with_suffix(".md").write_text(text)
+    plot(table, subject.higher_is_better, file.with_suffix(".png"))
+
+
+def _cells(
+    budgets: tuple[float, ...] | list[float], methods: list[str], seeds: int, minutes: float, data: str
+) -> Iterator[dict[str, Any]]:
+    for budget in budgets:
+        for method in methods:
+            for seed in range(seeds):
+                yield {"budget": budget, "method": method, "seed": seed, "minutes": minutes, "data": data}
+
+
+def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, Any]:
+    batches = subject.calibration(key["seed"])
+    _reset_peak()
+    before, start = _peak(), time.perf_counter()
+    sparse = _convert(subject, method, key, batches)
+    seconds, peak = time.perf_counter() - start, _peak() - before
+    if key["minutes"]:
+        distill(sparse, subject.model, batches, steps=10**9, seconds=60 * key["minutes"], seed=key["seed"])
+    flops = [sum(getattr(ffn, side) for ffn in sparse.report.ffns) for side in ("flops_before", "flops_after")]
+    dense_ms, sparse_ms = _times(subject, sparse)
+    weights = sum(p.numel() * p.element_size() for p in subject.model.parameters()) / _MIB
+    return {
+        "share": flops[1] / flops[0],
+        "scores": {name: evaluate(sparse) for name, evaluate in subject.metrics.items()},
+        "layer_errors": [ffn.error for ffn in sparse.report.converted],
+        "tokens": sparse.report.calibration_tokens,
+        "seconds": seconds,
+        "peak_over_weights": peak / weights,
+        "dense_ms": dense_ms,
+        "sparse_ms": sparse_ms,
+    }
+
+
+def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: list[Any]) -> SparseModel:
+    size = ffn_size(subject)
+    experts = max(16, size.neurons // _EXPERT_SIZE)
+    options: dict[str, Any] = {**method.options, "num_experts": experts, "select": "all", "seed": key["seed"]}
+    options["router_hidden_size"] = router_width(size.hidden)
+    if method.allocates:
+        return sparsify(subject.model, (), subject.example, calibration=batches, budget=key["budget"], **options)
+    fits = [k for k in range(1, experts) if method.share(size, experts, k) <= key["budget"]]
+    if not fits:
+        raise typer.BadParameter(f"the router alone of {key['method']} exceeds {key['budget']:.1%}")
+    options |= {"top_k": max(fits), "num_shared_experts": method.num_shared(experts, max(fits))}
+    if method.uneven:
+        scores = importance_by_layer(subject, batches, experts)
+        uneven = method.uneven(scores, max(fits)).items()
+        shared = {name: method.num_shared(experts, k) for name, k in uneven}
+        options["overrides"] = {name: {"top_k": k, "num_shared_experts": shared[name]} for name, k in uneven}
+    # Another function in the place of ours: the rest of the pipeline is the same for all.
+    with mock.patch("sparsify.passes.convert.split_ffn", method.split):
+        return sparsify(subject.model, (), subject.example, calibration=batches, **options)
+
+
+def _times(subject: Subject, sparse: SparseModel) -> tuple[float, float]:
+    """Medians of interleaved rounds, in milliseconds."""
+    found: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    with torch.no_grad():
+        while len(found) < _ROUNDS and time.perf_counter() - start < _TIMED_SECONDS:
+            found.append((_milliseconds(subject.model, subject.timed), _milliseconds(sparse, subject.timed)))
+    dense, ours = zip(*found[1:], strict=True)
+    return statistics.median(dense), statistics.median(ours)
+
+
+def _milliseconds(model: torch.nn.Module, batch: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    model(**batch)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> float:
+    """Highest resident memory since the reset, in MiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

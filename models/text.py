@@ -21,10 +21,15 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Literal
 
-Split = Literal["calibration", "held_out"]
+Split = Literal["calibration", "development", "held_out"]
+_EARLIER: tuple[Split, ...] = ("calibration", "development")
 Document = tuple[str, ...]  # cleaned paragraphs, in reading order
 
-_HELD_OUT_EVERY = 4  # every fourth document is held out
+# Of every eight documents the fourth and the last are held out, and the second is for development.
+_SPLITS: tuple[Split, ...] = (
+    *("calibration", "development", "calibration", "held_out"),
+    *("calibration", "calibration", "calibration", "held_out"),
+)
 _SENTENCE_LENGTHS = range(20, 301)  # characters
 _MIN_PARAGRAPH = 60  # characters; shorter ones are headings and stage directions
 _MIN_LETTERS = 0.9  # share of letters, spaces and everyday punctuation; less is code, a grammar or a table
@@ -40,9 +45,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[A-Z\"'])")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Cleaned documents, divided into those to calibrate on and those held out.
+    """Cleaned documents, divided into those to calibrate on, to choose methods and options by, and to report on.
 
-    No paragraph occurs twice, and no sentence of `sentences` occurs in both splits.
+    No paragraph occurs twice, and no sentence of `sentences` occurs in two splits.
 
     Attributes:
         plays: plays and poems, a document each.
@@ -82,10 +87,10 @@ class Corpus:
 
     def _sentences(self, kind: tuple[Document, ...], split: Split) -> list[str]:
         found = _document_sentences(_select(kind, split))
-        if split == "calibration":
-            return found
-        # A short exclamation may stand in two plays; then it belongs to calibration.
-        seen = {sentence for k in (self.plays, self.prose) for sentence in self._sentences(k, "calibration")}
+        # A short exclamation may stand in two plays; then it belongs to the first of these splits.
+        earlier = {"calibration": (), "development": _EARLIER[:1], "held_out": _EARLIER}[split]
+        kinds = (self.plays, self.prose)
+        seen = {sentence for s in earlier for k in kinds for sentence in _document_sentences(_select(k, s))}
         return [sentence for sentence in found if sentence not in seen]
 
 
@@ -183,8 +188,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _select(documents: tuple[Document, ...], split: Split) -> list[Document]:
-    held_out = split == "held_out"
-    return [d for i, d in enumerate(documents) if (i % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1) == held_out]
+    return [document for i, document in enumerate(documents) if _SPLITS[i % len(_SPLITS)] == split]
 
 
 def _pieces(document: Document, characters: int) -> Iterator[str]:

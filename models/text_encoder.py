@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify.models.dense_model import Batch, DenseModel, Metric, call, output_tensor
 from sparsify.models.text import corpus, sentences_from_file
 
-_CALIBRATION_SENTENCES = 3000
+_CALIBRATION_SENTENCES = 2000
 _HELD_OUT_SENTENCES = 400
 _BATCH = 64
 _MAX_TOKENS = 128
@@ -43,14 +43,14 @@ def text_encoder(name: str, model: nn.Module, tokenizer: Tokenizer, calibration_
         calibration, origin = sentences_from_file(calibration_text), calibration_text.name
     known = set(calibration)
     unseen = [sentence for sentence in texts.sentences(_HELD_OUT_SENTENCES, split="held_out") if sentence not in known]
-    held_out = list(_batches(tokenizer, unseen))
+    held_out = list(sentence_batches(tokenizer, unseen))
     example = _encode(tokenizer, calibration[:1] * 2, padding="max_length", max_length=_EXAMPLE_TOKENS)
     return DenseModel(
         name=name,
         model=model.eval(),
         args=(),
         kwargs=example,
-        calibration=lambda: _batches(tokenizer, calibration),
+        calibration=lambda: sentence_batches(tokenizer, calibration),
         held_out=held_out,
         metric=embedding_spearman(model, held_out),
         data=f"{len(calibration):,} sentences to calibrate ({origin}), {len(unseen):,} held out ({sources})",
@@ -74,6 +74,28 @@ def embedding_spearman(dense: Callable[..., Any], batches: list[Batch]) -> Metri
     return Metric("Spearman correlation of embedding similarities with the dense model", True, evaluate)
 
 
+def retrieval_agreement(dense: Callable[..., Any], batches: list[Batch], k: int) -> Metric:
+    """Share of the k nearest sentences, by cosine similarity, of each sentence that the dense model finds too.
+
+    Args:
+        dense: the model to compare with; it is run at each evaluation.
+        batches: `input_ids` and `attention_mask`, both int64 [B, S], in each; more than k sentences in all.
+        k: how many neighbours count.
+    """
+
+    def evaluate(function: Callable[..., Any]) -> float:
+        ours, wanted = _nearest(function, batches, k), _nearest(dense, batches, k)
+        return float((ours.unsqueeze(2) == wanted.unsqueeze(1)).any(2).double().mean())
+
+    return Metric(f"top-{k} retrieval agreement with the dense model", True, evaluate)
+
+
+def _nearest(function: Callable[..., Any], batches: list[Batch], k: int) -> Tensor:
+    embeddings = torch.cat([_embed(function, batch) for batch in batches])  # [N, D]
+    similarities = (embeddings @ embeddings.T).fill_diagonal_(-2.0)  # a sentence is no neighbour of itself
+    return similarities.topk(k, dim=1).indices  # [N, k]
+
+
 def _similarities(function: Callable[..., Any], batches: list[Batch]) -> Any:
     embeddings = torch.cat([_embed(function, batch) for batch in batches])  # [N, D]
     similarities = embeddings @ embeddings.T  # [N, N]
@@ -88,8 +110,8 @@ def _embed(function: Callable[..., Any], batch: Batch) -> Tensor:
     return nn.functional.normalize((hidden * mask).sum(dim=1), dim=-1)  # [B, D]
 
 
-def _batches(tokenizer: Tokenizer, sentences: list[str]) -> Iterator[Batch]:
-    # Sentences of like length share a batch, for padding costs time and is no text; the batches come in random order.
+def sentence_batches(tokenizer: Tokenizer, sentences: list[str]) -> Iterator[Batch]:
+    """Sentences of like length share a batch, for padding costs time and is no text; batches come in random order."""
     by_length = sorted(sentences, key=len)
     starts = range(0, len(by_length), _BATCH)
     for start in random.Random(0).sample(starts, len(starts)):

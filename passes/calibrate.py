@@ -56,7 +56,7 @@ class CalibrationStream:
         self._masks: list[Tensor | None] = []
         inputs = graph_module.graph.find_nodes(op="placeholder")
         for index, batch in enumerate(batches):
-            values = _flatten(graph_module, batch.args, batch.kwargs, index)
+            values = flat_inputs(graph_module, batch, index)
             _check_finite(inputs, values, index)
             self._environments.append(dict(zip(inputs, values, strict=True)))
             self._masks.append(batch.mask)
@@ -100,7 +100,7 @@ class CalibrationStream:
     def _tokens(self, node: Node, axis: int, name: str) -> Tensor:
         found: list[Tensor] = []
         for index, (environment, mask) in enumerate(zip(self._environments, self._masks, strict=True)):
-            tokens = _select(environment[node].movedim(axis, -1), mask)
+            tokens = select_tokens(environment[node].movedim(axis, -1), mask)
             if not torch.isfinite(tokens).all():
                 raise CalibrationError(
                     f"calibration batch {index} leads to NaN or infinite values at the input of {name}; remove that "
@@ -200,7 +200,7 @@ def _positions(call: Call) -> int:
 
 def without_padding(tensor: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """`[..., D]` to `[T, D]`, without the positions that a keyword `attention_mask` of these tokens hides."""
-    return _select(tensor, _token_mask(kwargs))
+    return select_tokens(tensor, _token_mask(kwargs))
 
 
 def _token_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -208,7 +208,7 @@ def _token_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _select(tokens: Tensor, mask: Tensor | None) -> Tensor:
+def select_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """`[..., D]` to `[T, D]`, without the padding where the mask speaks of these tokens."""
     flat = tokens.reshape(-1, tokens.shape[-1])
     if mask is not None and tokens.shape[:-1] in (mask.shape, (mask.numel(),)):  # as it is, or flattened before
@@ -216,7 +216,13 @@ def _select(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return flat
 
 
-def _flatten(graph_module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> list[Any]:
+def flat_inputs(graph_module: GraphModule, batch: Call, index: int) -> list[Any]:
+    """The values of a batch for the inputs of a captured graph.
+
+    Raises:
+        CalibrationError: batch number `index` has another structure than the example inputs had.
+    """
+    args, kwargs = batch.args, batch.kwargs
     spec: pytree.TreeSpec = getattr(graph_module, "_in_spec")  # noqa: B009 - no public way to it
     names = list(spec.children()[1].context or ())
     if set(names) == set(kwargs):

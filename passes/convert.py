@@ -5,6 +5,9 @@ so far. A layer is fitted to bring the hidden state of the second back to the fi
 the FFN in the converted stream and x*, r* in the dense one, the output that is wanted is
 
     FFN(x*) + r* - r                                    so that    r + output = r* + FFN(x*)
+
+The model reads its hidden state through a normalisation, so an error counts relative to the size of the hidden state of
+its token: the few tokens of huge norm that many models have (Sun et al., arXiv 2402.17762) would own the sum otherwise.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from sparsify.passes.verify import check_receipt
 from sparsify.routers import Router, router_class
 
 _SYNTHETIC_TOKENS = 4096
+_SMALLEST_VARIANCE = 1e-4  # of the hidden state of a token, relative to the mean: a bound for its weight
 _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
@@ -164,22 +168,19 @@ def _group(graph_module: GraphModule, match: FFNMatch, options: SparsifyConfig) 
     return max(group_size(nodes[site.x], site.x_axis) or 0 for site in match.sites)
 
 
-def _check_group(router: Router, group: int | None, name: str) -> None:
+def _check_group(router: Router | None, group: int | None, name: str) -> None:
     try:
-        if group:
+        if group and router is not None:
             router.check_group(group)
     except ValueError as error:
         raise SelectionError(f"{name}: {error}") from error
 
 
 def _summary(result: SplitResult, options: SparsifyConfig, tokens: int) -> ConvertedLayer:
-    router, shared = list(result.router.parameters()), result.experts.shared
-    always = 0 if shared is None else shared.down.weight.shape[1]
-    varies = result.router.num_slots != result.router.top_k and tokens > 0
-    active = sum(result.tokens_per_expert) / tokens if varies else result.router.top_k
+    router = [] if result.router is None else list(result.router.parameters())
     return ConvertedLayer(
-        neurons_per_token=round(active * result.experts.down.shape[2]) + always,
-        gap=options.start != "shared" and not starts_exact(result.router),
+        neurons_per_token=_neurons_per_token(result, tokens),
+        gap=result.router is not None and options.start != "shared" and not starts_exact(result.router),
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
         router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
         receipt=result.receipt,
@@ -187,6 +188,17 @@ def _summary(result: SplitResult, options: SparsifyConfig, tokens: int) -> Conve
         error_before_refit=result.error_before_refit,
         tokens_per_expert=result.tokens_per_expert,
     )
+
+
+def _neurons_per_token(result: SplitResult, tokens: int) -> int:
+    """Of the shared experts and of the routed ones; the mean over `tokens` where their number varies."""
+    experts, router = result.experts, result.router
+    always = 0 if experts.shared is None else experts.shared.down.weight.shape[1]
+    if router is None:
+        return always
+    varies = router.num_slots != router.top_k and tokens > 0
+    active = sum(result.tokens_per_expert) / tokens if varies else router.top_k
+    return round(active * experts.down.shape[2]) + always
 
 
 def _free(
@@ -250,7 +262,17 @@ def _sample(
     target = torch.cat([dense(part) for part in chunks(dense_x)])
     for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
         target += dense_residual - residual
-    return Sample(x, target, torch.cat(stream.ids_at(id_nodes)) if id_nodes else None)
+    return Sample(x, target, _weights(target, residuals), torch.cat(stream.ids_at(id_nodes)) if id_nodes else None)
+
+
+def _weights(target: Tensor, residuals: list[Tensor]) -> Tensor:
+    """`[T]`: one over the variance of the hidden state across features, at a mean of 1; ones where no residual is."""
+    if not residuals:
+        return target.new_ones(len(target))
+    variance = (target + torch.stack(residuals).sum(0)).var(1, correction=0)
+    least = _SMALLEST_VARIANCE * variance.mean() + torch.finfo(target.dtype).tiny
+    weight = 1 / torch.maximum(variance, least)
+    return weight / weight.mean()
 
 
 def _pooled(
@@ -267,8 +289,8 @@ def _pooled(
     stream = CalibrationStream(own, batches)
     x = torch.cat(stream.tokens_at([(site.x, site.x_axis) for site in match.sites], match.name))
     step = -(-len(x) // max_tokens)
-    ids = torch.cat(stream.ids_at(id_nodes))[::step] if id_nodes else None
-    return Sample(x[::step], torch.cat([dense(part) for part in chunks(x[::step])]), ids)
+    x, ids = x[::step], torch.cat(stream.ids_at(id_nodes))[::step] if id_nodes else None
+    return Sample(x, torch.cat([dense(part) for part in chunks(x)]), x.new_ones(len(x)), ids)
 
 
 def _synthetic(sample: Sample, seed: int) -> Sample:
@@ -278,4 +300,4 @@ def _synthetic(sample: Sample, seed: int) -> Sample:
     noise: Tensor = torch.randn(_SYNTHETIC_TOKENS, x.shape[1], generator=generator, dtype=x.dtype)
     mean, std = x.mean(0), x.std(0, correction=0)
     ids = None if sample.ids is None else sample.ids[torch.arange(_SYNTHETIC_TOKENS) % len(x)]
-    return Sample(mean + noise * std, sample.target.new_empty(0), ids)
+    return Sample(mean + noise * std, sample.target.new_empty(0), sample.weight.new_empty(0), ids)

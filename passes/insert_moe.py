@@ -16,6 +16,7 @@ which take the place of the tokens up to the combine, and the weights that bring
     ..                                                                   # with slots for flat, to y [N, D_out]
     y = bmm(combine_weights, view(y, [G, n, D_out]))                     # [T, D_out]
 
+Without routed experts (static pruning) only the shared expert and the bias remain.
 Sites that share their weights call the same experts and router.
 Parameters: `<ffn>.experts.{up_proj, gate_proj, down_proj, *_bias, bias}`, `<ffn>.shared.*`, `<ffn>.router.*`.
 T tokens, K slots, R routed experts, m neurons of an expert.
@@ -53,7 +54,7 @@ class InsertMoEPass(Pass):
 
     match: FFNMatch
     experts: Experts
-    router: Router
+    router: Router | None
     dtypes: Mapping[str, torch.dtype]
     requires_grad: bool
     ids: tuple[str, ...] = ()
@@ -90,16 +91,12 @@ class InsertMoEPass(Pass):
 
     def _register(self, graph_module: GraphModule, vectors: list[Node]) -> None:
         name, experts = self.match.name, self.experts
-        tensors: dict[str, Tensor | None] = {"down_proj": experts.down, "down_proj_bias": experts.expert_bias}
-        for role, weight, bias in zip(experts.roles, experts.projections, experts.projection_biases, strict=True):
-            tensors |= {role: weight, f"{role}_bias": bias}
-        tensors |= {f"vector_{i}": vector for i, vector in enumerate(experts.vectors)}
-        tensors["bias"] = experts.bias
         vector_dtypes = {f"vector_{i}": node.meta["val"].dtype for i, node in enumerate(vectors)}
+        tensors = {**({} if self.router is None else self._routed_tensors()), "bias": experts.bias}
         graph_module.add_submodule(f"{name}.experts", self._holder(tensors, vector_dtypes))
-        if isinstance(self.router, UnitRouter):  # weights of one and chosen ids pass no gradient on
-            self.router.requires_grad_(False)
-        graph_module.add_submodule(f"{name}.router", self.router)
+        if self.router is not None:
+            self.router.requires_grad_(not isinstance(self.router, UnitRouter))  # weights of one pass no gradient on
+            graph_module.add_submodule(f"{name}.router", self.router)
         if experts.shared is None:
             return
         linears = (*experts.shared.projections, experts.shared.down)
@@ -107,6 +104,13 @@ class InsertMoEPass(Pass):
         shared |= {f"{linear.role}_bias": linear.bias for linear in linears}
         shared |= {f"vector_{i}": vector for i, vector in enumerate(experts.shared.vectors)}
         graph_module.add_submodule(f"{name}.shared", self._holder(shared, vector_dtypes))
+
+    def _routed_tensors(self) -> dict[str, Tensor | None]:
+        experts = self.experts
+        tensors: dict[str, Tensor | None] = {"down_proj": experts.down, "down_proj_bias": experts.expert_bias}
+        for role, weight, bias in zip(experts.roles, experts.projections, experts.projection_biases, strict=True):
+            tensors |= {role: weight, f"{role}_bias": bias}
+        return tensors | {f"vector_{i}": vector for i, vector in enumerate(experts.vectors)}
 
     def _holder(self, tensors: dict[str, Tensor | None], vector_dtypes: dict[str, torch.dtype]) -> nn.Module:
         dtypes = {**self.dtypes, **vector_dtypes}
@@ -124,16 +128,31 @@ class InsertMoEPass(Pass):
     ) -> Node:
         graph, name = graph_module.graph, self.match.name
         call = graph.call_function
-        x = before_flattening(x, site.x_axis) if self.router.reads_groups else x
+        x = before_flattening(x, site.x_axis) if self.router is not None and self.router.reads_groups else x
         tokens = x if site.x_axis == -1 else call(aten.movedim.int, (x, site.x_axis, -1))
         flat = call(aten.reshape.default, (tokens, [-1, self.match.hidden_size]))
-        read = (tokens if self.router.reads_groups else flat,) if ids is None else (flat, ids)
-        routed = graph.call_module(f"{name}.router", read)
+        parameters = _Parameters(graph, graph_module.get_submodule(f"{name}.experts"), f"{name}.experts")
+        y = None if self.router is None else self._routed(graph, parameters, self.router, tokens, flat, ids)
+        if self.experts.shared is not None:
+            shared = self._shared(graph_module, flat)
+            y = shared if y is None else call(aten.add.Tensor, (y, shared))
+        if y is None:
+            raise PassError(f"{name} has neither routed nor shared experts")
+        bias = parameters.get("bias")
+        y = y if bias is None else call(aten.add.Tensor, (y, bias))
+        y = call(aten.reshape.default, (y, shape))
+        return y if site.down_axis == -1 else call(aten.movedim.int, (y, -1, site.down_axis))
+
+    def _routed(
+        self, graph: Graph, parameters: _Parameters, router: Router, tokens: Node, flat: Node, ids: Node | None
+    ) -> Node:
+        call = graph.call_function
+        read = (tokens if router.reads_groups else flat,) if ids is None else (flat, ids)
+        routed = graph.call_module(f"{self.match.name}.router", read)
         routing_weights, expert_ids = call(operator.getitem, (routed, 0)), call(operator.getitem, (routed, 1))
-        rows_of = call(operator.getitem, (routed, 2)) if self.router.mixes else flat
+        rows_of = call(operator.getitem, (routed, 2)) if router.mixes else flat
         dispatched = call(moe.dispatch.default, (rows_of, expert_ids, self.experts.num_routed))
         rows, order, offsets = (call(operator.getitem, (dispatched, i)) for i in range(3))
-        parameters = _Parameters(graph, graph_module.get_submodule(f"{name}.experts"), f"{name}.experts")
         projected = [
             call(moe.expert_linear.default, (rows, parameters[role], parameters.get(f"{role}_bias"), offsets))
             for role in self.experts.roles
@@ -143,17 +162,11 @@ class InsertMoEPass(Pass):
         down_proj, down_bias = parameters["down_proj"], parameters.get("down_proj_bias")
         out = call(moe.expert_linear.default, (hidden, down_proj, down_bias, offsets))
         y = call(moe.combine.default, (out, routing_weights, order))
-        y = self._mix(graph, y, routed) if self.router.mixes else y
-        if self.experts.shared is not None:
-            y = call(aten.add.Tensor, (y, self._shared(graph_module, flat)))
-        bias = parameters.get("bias")
-        y = y if bias is None else call(aten.add.Tensor, (y, bias))
-        y = call(aten.reshape.default, (y, shape))
-        return y if site.down_axis == -1 else call(aten.movedim.int, (y, -1, site.down_axis))
+        return self._mix(graph, y, routed, router) if router.mixes else y
 
-    def _mix(self, graph: Graph, y: Node, routed: Node) -> Node:
+    def _mix(self, graph: Graph, y: Node, routed: Node, router: Router) -> Node:
         """Outputs of slots `[N, D_out]` to those of tokens `[T, D_out]`."""
-        slots, features = self.router.num_experts * self.router.top_k, self.experts.down.shape[1]
+        slots, features = router.num_experts * router.top_k, self.experts.down.shape[1]
         weights = graph.call_function(operator.getitem, (routed, 3))
         y = graph.call_function(aten.view.default, (y, [-1, slots, features]))
         y = graph.call_function(aten.bmm.default, (weights, y))

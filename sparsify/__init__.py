@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsify.api import Inspection, inspect, sparsify
 from sparsify.config import SparsifyConfig
+from sparsify.distillation import DistillReport, distill
 from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.export_onnx import ExportReport, LayerExport, export_onnx
 from sparsify.passes.lower_onnx.translation_table import onnx_translation_table
@@ -15,6 +16,7 @@ from sparsify.sparse_model import SparseModel
 
 __all__ = [
     "ConversionPlan",
+    "DistillReport",
     "ExportReport",
     "FFNMatch",
     "FFNReport",
@@ -28,6 +30,7 @@ __all__ = [
     "Report",
     "SparseModel",
     "SparsifyConfig",
+    "distill",
     "export_onnx",
     "inspect",
     "onnx_translation_table",

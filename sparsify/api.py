@@ -16,6 +16,7 @@ from sparsify.config import SparsifyConfig
 from sparsify.convert_parts import Conversion, convert_parts
 from sparsify.errors import CaptureError, NoFFNError
 from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
+from sparsify.passes.allocate import with_budget
 from sparsify.passes.calibrate import Call, as_call, read_batches, without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, same_random_numbers
 from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart, capture_parts
@@ -123,7 +124,7 @@ def sparsify(
         A `SparseModel` with the inputs and outputs of the model; `.report` says what was done.
 
     Raises:
-        ValueError: an option is not valid.
+        ValueError: an option is not valid, or does not go with another.
         CaptureError: the model cannot be traced (nor can parts of it that hold an FFN), or the example inputs do not
             fit it.
         NoFFNError: the model has no FFN that can be split.
@@ -134,6 +135,7 @@ def sparsify(
     """
     _refuse_contradiction(plan, options)
     config = _config(config, options)
+    _refuse_budget(config, plan, options, calibration)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs, added = split_added(model, kwargs or {}, config.ids_name)
     clock = _Clock(progress)
@@ -210,6 +212,7 @@ def _convert_whole(
     """As `convert_parts`, for a model that is one graph."""
     (whole,) = found.parts
     call = as_call(example)
+    plan = with_budget(whole.graph_module, whole.matches, plan, config, calibration)
     results, tokens = convert(
         whole.graph_module, whole.matches, plan, config, calibration, call, progress, consume=consume, ids=ids
     )
@@ -233,6 +236,17 @@ def _refuse_contradiction(plan: ConversionPlan | None, options: dict[str, Any]) 
     clash = [name for name in planned if name in options]
     if plan is not None and clash:
         raise ValueError(f"plan= already says what {', '.join(clash)} would; give the plan or the options, not both")
+
+
+def _refuse_budget(
+    config: SparsifyConfig, plan: ConversionPlan | None, options: dict[str, Any], calibration: object
+) -> None:
+    if config.budget is None:
+        return
+    if plan is not None or "top_k" in options or "num_shared_experts" in options:
+        raise ValueError("budget= chooses top_k and num_shared_experts of every FFN; give one or the other")
+    if calibration is None:
+        raise ValueError("budget= goes by measured errors, so it needs calibration=: batches of real inputs")
 
 
 def _require_free_names(model: nn.Module, graph_module: GraphModule) -> None:

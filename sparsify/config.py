@@ -55,8 +55,8 @@ class SparsifyConfig:
             FFN for every token beside experts whose output starts at zero.
         num_experts: equal parts that the neurons of an FFN are divided into, shared experts included; or its copies.
         top_k: experts that run for a token, shared experts included; of a split, `top_k / num_experts` is computed.
-        num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none. Only
-            for "split".
+        num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none. As
+            many as `top_k`: static pruning, no part is routed. Only for "split".
         router: a name of the catalogue (`sparsify routers`). None: "mlp" for "split", else "top-k".
         router_options: further arguments of the router's constructor.
         ids_input: the input of the model whose integers a router reads that goes by ids or labels. None: token ids are
@@ -70,6 +70,9 @@ class SparsifyConfig:
             scores of whole sequences then see the future, and generation, which does not, gives something else.
         reinitialise: share of the neurons of every copy that is drawn anew, so that copies come apart in training
             (Drop-Upcycling, arXiv 2502.19261, uses 0.5). Only for "upcycle"; the start is not exact then.
+        budget: share of the multiply-adds of the converted FFNs that may remain, routers included. `top_k` and
+            `num_shared_experts` of each are then chosen by measured error, pruning and leaving it dense among the
+            choices; needs calibration data. None: `top_k` everywhere. Only for "split".
         select: which FFNs to convert. "auto": those that map the hidden size to itself and are wide enough to pay;
             "all": every legal one; glob patterns on names, each of which must match; a predicate on `FFNMatch`.
             The others choose among what "auto" takes, n FFNs in graph order:
@@ -85,8 +88,10 @@ class SparsifyConfig:
             convert it all the same. The report holds prediction and measurement. Empty measures nothing, so that the
             same model gives the same result on every machine.
         router_hidden_size: width of the router's hidden layer.
-        refit: refit down_proj in closed form to the routing (needs calibration). Without it `set_top_k(num_experts)`
-            gives the dense model back.
+        refit: fit the experts to the routing (needs calibration): down_proj in closed form, then `distill_steps`.
+            Without it `set_top_k(num_experts)` gives the dense model back.
+        distill_steps: steps in which experts and router of an FFN are trained together towards the hidden state of the
+            dense model, on the calibration tokens; fewer where those are few. 0 stops after the closed form.
         ridge: strength of the pull to the old weights in the refit, relative to the mean square of a neuron.
         max_calibration_tokens: no more calibration batches are read once this many tokens were seen.
         seed: of the clustering and the training of the routers.
@@ -103,11 +108,13 @@ class SparsifyConfig:
     allow_non_causal: bool = False
     granularity: int = 1
     reinitialise: float = 0.0
+    budget: float | None = None
     select: Select = "auto"
     overrides: Overrides = ()
     target_tokens: tuple[int, ...] | list[int] | int = ()
     router_hidden_size: int = 64
     refit: bool = True
+    distill_steps: int = 200
     ridge: float = 1e-3
     max_calibration_tokens: int = 65_536
     seed: int = 0
@@ -121,12 +128,15 @@ class SparsifyConfig:
         check_counts(self.num_experts, self.top_k, self.num_shared_experts)
         object.__setattr__(self, "router_options", tuple(sorted(dict(self.router_options).items())))
         self._check_start()
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ValueError(f"budget must be a share of the multiply-adds between 0 and 1, got {self.budget!r}")
         _check_select(self.select)
         if isinstance(self.select, list):
             object.__setattr__(self, "select", tuple(self.select))
         object.__setattr__(self, "overrides", _freeze_overrides(self.overrides))
         object.__setattr__(self, "target_tokens", _read_tokens(self.target_tokens))
         _at_least("router_hidden_size", self.router_hidden_size, 1)
+        _at_least("distill_steps", self.distill_steps, 0)
         _at_least("max_calibration_tokens", self.max_calibration_tokens, 1)
         if not self.ridge > 0:
             raise ValueError(f"ridge must be above 0, got {self.ridge}")
@@ -238,10 +248,10 @@ def check_counts(num_experts: int, top_k: int, num_shared_experts: int | None) -
     if num_shared_experts is None:
         return
     _whole("num_shared_experts", num_shared_experts)
-    if not 0 <= num_shared_experts < top_k:
+    if not 0 <= num_shared_experts <= top_k:
         raise ValueError(
-            f"num_shared_experts must be between 0 and top_k - 1 ({top_k - 1}), as the shared experts are among the "
-            f"top_k that run for a token, got {num_shared_experts}"
+            f"num_shared_experts must be between 0 and top_k ({top_k}), as the shared experts are among the top_k that "
+            f"run for a token, got {num_shared_experts}"
         )
 
 

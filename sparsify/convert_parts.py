@@ -14,6 +14,7 @@ from torch import nn
 from sparsify.config import SparsifyConfig
 from sparsify.graft import graft
 from sparsify.partial_model import PartialSparseModel, copy_modules
+from sparsify.passes.allocate import with_budget
 from sparsify.passes.calibrate import Call, read_batches
 from sparsify.passes.capture_parts import PartOf, record_calls
 from sparsify.passes.convert import ConvertedLayer, convert
@@ -84,6 +85,8 @@ def convert_parts(
         if calibration is not None:
             calls = record_calls(original, part.name, part.example, calibration)
             batches = read_batches(calls, config.max_calibration_tokens)
+            part_plan = with_budget(part.graph_module, part.matches, part_plan, config, batches)
+            layers |= {layer.name: layer for layer in part_plan.layers}
         done = len(results)
         converted, part_tokens = convert(
             part.graph_module,

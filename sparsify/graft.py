@@ -214,7 +214,8 @@ def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: s
             copied[node].target = str(node.target).removeprefix(f"{name}.")
         copied[node].meta.clear()
     leading = graph.call_function(operator.getitem, (shape, slice(None, -1)))
-    size = sparse.get_parameter(f"{name}.experts.down_proj").shape[1]
+    children = dict(sparse.get_submodule(name).named_children())
+    size = sparse.get_parameter(f"{name}.{'experts' if 'router' in children else 'shared'}.down_proj").shape[-2]
     out = graph.call_method("reshape", (copied[y], graph.call_function(operator.add, (leading, (size,)))))
     graph.output(out if cover.down_axis == -1 else graph.call_method("movedim", (out, -1, cover.down_axis)))
     owner = nn.Module()
@@ -225,11 +226,18 @@ def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: s
 
 
 def _ends(graph: Graph, name: str) -> tuple[Node, Node]:
-    """The tokens that the router reads, `[T, D]` or in groups, and the output `[T, D_out]` before it is reshaped."""
-    router = next(node for node in graph.nodes if node.op == "call_module" and node.target == f"{name}.router")
-    read = router.all_input_nodes[0]
-    down = next(node for node in graph.nodes if node.op == "get_attr" and node.target == f"{name}.experts.down_proj")
-    node = next(iter(down.users))
+    """The tokens that the router reads, `[T, D]` or in groups, and the output `[T, D_out]` before it is reshaped.
+
+    Where nothing is routed, the tokens are those that the shared expert reads.
+    """
+    own = [node for node in graph.nodes if str(node.target).startswith(f"{name}.")]
+    router = next((node for node in own if node.target == f"{name}.router"), None)
+    if router is not None:
+        read = router.all_input_nodes[0]
+    else:
+        weight = next(node for node in own if str(node.target).startswith(f"{name}.shared."))
+        read = next(iter(weight.users)).all_input_nodes[0]
+    node = next(iter(next(node for node in own if str(node.target).endswith(".down_proj")).users))
     while node.target is not torch.ops.aten.reshape.default:
         node = next(iter(node.users))
     return read, node.all_input_nodes[0]

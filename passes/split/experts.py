@@ -64,6 +64,12 @@ class Experts:
 
         Without `routing_weights` `[T, K]` every expert counts as 1.
         """
+        routed = self.num_routed > 0
+        y = self._routed(x, expert_ids, routing_weights) if routed else x.new_zeros(len(x), self.down.shape[1])
+        y = y if self.shared is None else y + self.shared(x)
+        return y if self.bias is None else y + self.bias
+
+    def _routed(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None) -> Tensor:
         rows, order, offsets = ops.dispatch(x, expert_ids, self.num_routed)
         biases = zip(self.projections, self.projection_biases, strict=True)
         projected = [ops.expert_linear(rows, weight, bias, offsets) for weight, bias in biases]
@@ -72,9 +78,7 @@ class Experts:
         hidden = self.activation(*projected, *vectors)
         outputs = ops.expert_linear(hidden, self.down, self.expert_bias, offsets)
         weights = torch.ones_like(expert_ids, dtype=x.dtype) if routing_weights is None else routing_weights
-        y = ops.combine(outputs, weights, order)
-        y = y if self.shared is None else y + self.shared(x)
-        return y if self.bias is None else y + self.bias
+        return ops.combine(outputs, weights, order)
 
 
 def divide(dense: DenseFFN, neurons: Tensor, num_shared: int) -> Experts:

@@ -3,9 +3,10 @@
 For every token t, with M[t, e] = 1 where expert e runs (1 for shared experts), H = M * (h - mu) `[T, F]`, and Y the
 output that is wanted:
 
-    minimise  sum |Y - b - H W^T - M beta|^2 + lam |W - W_old|^2 + lam |beta|^2,    lam = ridge * mean(diag(H^T H))
+    minimise  sum_t w_t |Y - b - H W^T - M beta|^2 + lam |W - W_old|^2 + lam |beta|^2,  lam = ridge mean(diag(H^T w H))
 
-W is the new down_proj, beta a bias per expert, b a bias. T tokens, F neurons (of all experts), R routed experts.
+W is the new down_proj, beta a bias per expert, b a bias, w the weight of the token. T tokens, F neurons (of all
+experts), R routed experts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.statistics import chunks
 
 
-def refit(experts: Experts, mean: Tensor, x: Tensor, target: Tensor, expert_ids: Tensor, ridge: float) -> Experts:
+def refit(
+    experts: Experts, mean: Tensor, x: Tensor, target: Tensor, weight: Tensor, expert_ids: Tensor, ridge: float
+) -> Experts:
     """Solve for the down projections and biases.
 
     Args:
@@ -28,6 +31,7 @@ def refit(experts: Experts, mean: Tensor, x: Tensor, target: Tensor, expert_ids:
         mean: `[E * m]`, mean of the neurons in the order of the experts, shared ones first.
         x: `[T, D]`.
         target: `[T, D_out]`, the output that is wanted for each token.
+        weight: `[T]`, of each token in the error.
         expert_ids: `[T, K]` of the routed experts, by the router that will be deployed.
         ridge: relative strength of the pull.
 
@@ -35,8 +39,8 @@ def refit(experts: Experts, mean: Tensor, x: Tensor, target: Tensor, expert_ids:
         The experts with new `down`, `expert_bias`, `bias` and shared down_proj.
     """
     moments = _Moments(len(mean) + experts.num_routed, target.shape[1])
-    for part, ids, wanted in zip(chunks(x), chunks(expert_ids), chunks(target), strict=True):
-        moments.add(_features(experts, mean, part, ids), wanted)
+    for part, ids, wanted, w in zip(chunks(x), chunks(expert_ids), chunks(target), chunks(weight), strict=True):
+        moments.add(_features(experts, mean, part, ids), wanted, w)
     old = torch.cat([_stacked_down(experts), torch.zeros(experts.num_routed, target.shape[1])]).double()
     solution, intercept = moments.solve(old, ridge, num_neurons=len(mean))
     return _with_solution(experts, mean.double(), solution, intercept)
@@ -47,8 +51,9 @@ def _features(experts: Experts, mean: Tensor, x: Tensor, expert_ids: Tensor) -> 
     selected = torch.zeros(len(x), experts.num_routed, dtype=x.dtype).scatter_(1, expert_ids, 1.0)
     num_routed, size = experts.num_routed, experts.down.shape[2]
     hidden = _all_hidden(experts, x) - mean.to(x.dtype)
-    routed = hidden[:, -num_routed * size :].view(len(x), num_routed, size) * selected.unsqueeze(-1)
-    return torch.cat([hidden[:, : -num_routed * size], routed.flatten(1), selected], dim=1)
+    shared, routed = hidden.split([hidden.shape[1] - num_routed * size, num_routed * size], dim=1)
+    routed = routed.view(len(x), num_routed, size) * selected.unsqueeze(-1)
+    return torch.cat([shared, routed.flatten(1), selected], dim=1)
 
 
 def _all_hidden(experts: Experts, x: Tensor) -> Tensor:
@@ -70,25 +75,26 @@ class _Moments:
     """Sums over tokens from which the regression is solved; tokens come in chunks and are not kept."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        self.count = 0
+        self.total = 0.0
         self.gram = torch.zeros(inputs, inputs, dtype=torch.float64)
         self.cross = torch.zeros(inputs, outputs, dtype=torch.float64)
         self.sum_inputs = torch.zeros(inputs, dtype=torch.float64)
         self.sum_outputs = torch.zeros(outputs, dtype=torch.float64)
 
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """`[T, inputs]`, `[T, outputs]`. Products of a chunk in their own dtype, sums of chunks in fp64."""
-        self.count += len(inputs)
-        self.gram += inputs.t() @ inputs
-        self.cross += inputs.t() @ outputs
-        self.sum_inputs += inputs.sum(0)
-        self.sum_outputs += outputs.sum(0)
+    def add(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> None:
+        """`[T, inputs]`, `[T, outputs]`, `[T]`. Products of a chunk in their own dtype, sums of chunks in fp64."""
+        weighted = inputs * weight.unsqueeze(1)
+        self.total += float(weight.sum())
+        self.gram += weighted.t() @ inputs
+        self.cross += weighted.t() @ outputs
+        self.sum_inputs += weighted.sum(0)
+        self.sum_outputs += weight @ outputs
 
     def solve(self, old: Tensor, ridge: float, num_neurons: int) -> tuple[Tensor, Tensor]:
         """Weights `[inputs, outputs]` and intercept `[outputs]`; `old` is what the weights are pulled to."""
-        mean_inputs, mean_outputs = self.sum_inputs / self.count, self.sum_outputs / self.count
-        gram = self.gram - self.count * torch.outer(mean_inputs, mean_inputs)
-        cross = self.cross - self.count * torch.outer(mean_inputs, mean_outputs)
+        mean_inputs, mean_outputs = self.sum_inputs / self.total, self.sum_outputs / self.total
+        gram = self.gram - self.total * torch.outer(mean_inputs, mean_inputs)
+        cross = self.cross - self.total * torch.outer(mean_inputs, mean_outputs)
         pull = ridge * self.gram.diagonal()[:num_neurons].mean().clamp(min=1e-12)
         gram.diagonal().add_(pull)
         weights = torch.linalg.solve(gram, cross + pull * old)

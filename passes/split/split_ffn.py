@@ -1,6 +1,6 @@
 """One dense FFN and a sample of its inputs -> routed experts: the methods of this folder in their order.
 
-statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit
+statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit -> distil
 T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, m neurons of an expert.
 """
 
@@ -16,29 +16,37 @@ from sparsify.config import SparsifyConfig
 from sparsify.passes.run_experts import run_experts
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN
+from sparsify.passes.split.distill_block import distill_block
 from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.fit_router import fit_router
 from sparsify.passes.split.fold_mean import fold_mean
+from sparsify.passes.split.prune import prune
 from sparsify.passes.split.refit import refit
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 from sparsify.passes.verify import receipt
 from sparsify.routers import Router
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
+_CLOSED_FORM_TOKENS = 16_384  # where training on all of them follows
 _HELD_OUT = 10  # every tenth token is kept out of every fit
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens `x` `[T, D]`, the output `target` `[T, D_out]` that is wanted for them, and their ids `[T]` if read."""
+    """Tokens `x` `[T, D]`, the output `target` `[T, D_out]` wanted for them, what an error weighs, and ids if read.
+
+    `weight` `[T]` has the mean 1; `ids` are `[T]`.
+    """
 
     x: Tensor
     target: Tensor
+    weight: Tensor
     ids: Tensor | None = None
 
-    def take(self, chosen: Tensor) -> Sample:
-        """Some of the tokens: `chosen` is `[T]` bool."""
-        return Sample(self.x[chosen], self.target[chosen], None if self.ids is None else self.ids[chosen])
+    def take(self, chosen: Tensor | slice) -> Sample:
+        """Some of the tokens: `[T]` bool, or a slice."""
+        ids = None if self.ids is None else self.ids[chosen]
+        return Sample(self.x[chosen], self.target[chosen], self.weight[chosen], ids)
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Tokens and ids, a manageable number at a time."""
@@ -49,10 +57,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class SplitResult:
-    """The experts, their router and what the report says of them (see `FFNReport` for the figures)."""
+    """The experts, their router and what the report says of them (see `FFNReport` for the figures).
+
+    Without routed experts `router` is None.
+    """
 
     experts: Experts
-    router: Router
+    router: Router | None
     receipt: float
     error: float
     error_before_refit: float | None
@@ -62,7 +73,7 @@ class SplitResult:
 def split_ffn(
     dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
 ) -> SplitResult:
-    """Divide, route and refit.
+    """Divide, route and fit.
 
     Args:
         dense: the FFN.
@@ -75,14 +86,17 @@ def split_ffn(
     Returns:
         The split. Same inputs, same result.
     """
-    routed_k = config.top_k - config.shared
-    statistics = measure_neurons(dense, fit.x)
-    profiles = activation_profiles(dense, fit.x)
+    if config.shared == config.top_k:
+        return _prune(dense, original, fit, measured, config, may_refit=may_refit)
+    may_fit = config.refit and may_refit and config.top_k < config.num_experts
+    trains = may_fit and config.distill_steps > 0 and config.router_name == "mlp"
+    few = _thin(fit) if trains else fit  # what comes before the training only has to begin it
+    statistics = measure_neurons(dense, few.x)
+    profiles = activation_profiles(dense, few.x)
     neurons = choose_neurons(profiles, importance(dense, statistics), config.num_experts, config.shared, config.seed)
     mean = statistics.mean[neurons.clamp(min=0)]  # [E, m]
     experts = fold_mean(divide(dense, neurons, config.shared), mean[config.shared :])
-    router = fit_router(experts, fit.x, config, fit.ids)
-    expert_ids = torch.cat([router(*part)[1] for part in fit.parts()])
+    router = fit_router(experts, few.x, config, few.ids)
     error = relative_error(experts, router, measured)
     result = SplitResult(
         experts=experts,
@@ -90,14 +104,43 @@ def split_ffn(
         receipt=receipt(original, experts, torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])),
         error=error,
         error_before_refit=None,
-        tokens_per_expert=count_tokens(expert_ids, experts.num_routed),
+        tokens_per_expert=tokens_per_expert(experts, router, fit),
     )
-    if not (config.refit and may_refit and router.rule == "one") or routed_k == experts.num_routed:
+    if not may_fit or router.rule != "one":
         return result
-    refitted = refit(experts, mean.flatten(), fit.x, fit.target, expert_ids, config.ridge)
+    expert_ids = torch.cat([router(*part)[1] for part in few.parts()])
+    experts = refit(experts, mean.flatten(), few.x, few.target, few.weight, expert_ids, config.ridge)
+    if trains:
+        experts, router = distill_block(
+            experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
+        )
     return replace(
-        result, experts=refitted, error=relative_error(refitted, router, measured), error_before_refit=error
+        result,
+        experts=experts,
+        router=router,
+        error=relative_error(experts, router, measured),
+        error_before_refit=error,
+        tokens_per_expert=tokens_per_expert(experts, router, fit),
     )
+
+
+def _prune(
+    dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
+) -> SplitResult:
+    """No routed experts. The receipt is that of the neurons in their new order, before any is dropped."""
+    everything, _ = prune(dense, fit.x, config.num_experts, config.num_experts)
+    experts, mean = prune(dense, fit.x, config.num_experts, config.top_k)
+    error = relative_error(experts, None, measured)
+    tokens = torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])
+    result = SplitResult(experts, None, receipt(original, everything, tokens), error, None, ())
+    if not (config.refit and may_refit):
+        return result
+    experts = refit(experts, mean, fit.x, fit.target, fit.weight, nobody(fit.x), config.ridge)
+    return replace(result, experts=experts, error=relative_error(experts, None, measured), error_before_refit=error)
+
+
+def _thin(sample: Sample) -> Sample:
+    return sample.take(slice(None, None, -(-len(sample.x) // _CLOSED_FORM_TOKENS)))
 
 
 def hold_out(sample: Sample) -> tuple[Sample, Sample]:
@@ -113,11 +156,22 @@ def count_tokens(expert_ids: Tensor, num_experts: int) -> tuple[int, ...]:
     return tuple(torch.bincount(expert_ids.flatten() + 1, minlength=num_experts + 1)[1:].tolist())
 
 
-def relative_error(experts: Experts, router: Router, sample: Sample) -> float:
-    """`|routed output - target| / |target|`, L2 over all tokens."""
+def relative_error(experts: Experts, router: Router | None, sample: Sample) -> float:
+    """`|routed output - target| / |target|`, L2 over all tokens by their weights."""
     difference, size = 0.0, 0.0
-    for (x, ids), target in zip(sample.parts(), chunks(sample.target), strict=True):
-        y, _ = run_experts(experts, router, x, ids)
-        difference += float((y - target).double().square().sum())
-        size += float(target.double().square().sum())
+    outputs = zip(sample.parts(), chunks(sample.target), chunks(sample.weight), strict=True)
+    for (x, ids), target, weight in outputs:
+        y = experts(x, nobody(x)) if router is None else run_experts(experts, router, x, ids)[0]
+        difference += float(weight.double() @ (y - target).double().square().sum(1))
+        size += float(weight.double() @ target.double().square().sum(1))
     return (difference / size) ** 0.5 if size else difference**0.5
+
+
+def tokens_per_expert(experts: Experts, router: Router, sample: Sample) -> tuple[int, ...]:
+    """How many tokens of `sample` each routed expert gets."""
+    return count_tokens(torch.cat([router(*part)[1] for part in sample.parts()]), experts.num_routed)
+
+
+def nobody(x: Tensor) -> Tensor:
+    """The expert ids of tokens `[T, D]` that nothing is routed for: `[T, 0]`."""
+    return x.new_empty(len(x), 0, dtype=torch.int64)

@@ -13,7 +13,7 @@ from sparsify.passes.split.statistics import chunks
 from sparsify.routers import MLPRouter
 
 _BATCH = 512
-_STEPS = 600
+_STEPS = 300
 _LEARNING_RATE = 1e-2
 
 

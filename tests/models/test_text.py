@@ -21,18 +21,16 @@ def test_same_seed_gives_the_same_text_and_another_seed_other_text(texts):
     assert texts.sentences(50, seed=3) != texts.sentences(50, seed=4)
 
 
-def test_no_sentence_is_in_both_splits(texts):
-    """A score on sentences that the conversion has seen would flatter it."""
-    calibration = texts.sentences(10**6)
-    held_out = texts.sentences(10**6, split="held_out")
-    assert len(calibration) == len(set(calibration)) > 0
-    assert len(held_out) == len(set(held_out)) > 0
-    assert not set(calibration) & set(held_out)
+def test_no_sentence_is_in_two_splits(texts):
+    """A score on sentences that the conversion has seen, or its options were chosen by, would flatter it."""
+    splits = [texts.sentences(10**6, split=split) for split in ("calibration", "development", "held_out")]
+    assert all(len(sentences) == len(set(sentences)) > 0 for sentences in splits)
+    assert len(set().union(*splits)) == sum(map(len, splits))
 
 
-def test_no_paragraph_is_in_two_passages_or_in_both_splits(texts):
+def test_no_paragraph_is_in_two_passages_or_in_two_splits(texts):
     """Manual topics repeat one another; the repetitions must be gone."""
-    splits = ("calibration", "held_out")
+    splits = ("calibration", "development", "held_out")
     passages = [p for split in splits for p in texts.passages(10**6, characters=800, split=split)]
     paragraphs = [paragraph for passage in passages for paragraph in passage.split("\n\n")]
     assert len(paragraphs) == len(set(paragraphs)) > 100

@@ -12,6 +12,8 @@ from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.refit import refit
 
+ONES = torch.ones(400)
+
 
 def setup(dense: DenseFFN, num_shared: int) -> tuple[Experts, Tensor, Tensor, Tensor]:
     """Folded experts, means in their order, 400 tokens, and two experts for each."""
@@ -26,7 +28,7 @@ def test_is_the_minimum(dense: DenseFFN) -> None:
     """Protects: the solution; at the minimum the gradient of the loss is zero."""
     for num_shared in (0, 1):
         experts, mean, x, ids = setup(dense, num_shared)
-        fitted = refit(experts, mean, x, dense(x), ids, ridge=1e-6)
+        fitted = refit(experts, mean, x, dense(x), ONES, ids, ridge=1e-6)
         assert fitted.expert_bias is not None
         down, bias = (tensor.clone().requires_grad_() for tensor in (fitted.down, fitted.expert_bias))
         loss = (replace(fitted, down=down, expert_bias=bias)(x, ids) - dense(x)).square().sum()
@@ -40,14 +42,24 @@ def test_lowers_the_error(dense: DenseFFN) -> None:
     for num_shared in (0, 1):
         experts, mean, x, ids = setup(dense, num_shared)
         before = (experts(x, ids) - dense(x)).norm()
-        after = (refit(experts, mean, x, dense(x), ids, ridge=1e-3)(x, ids) - dense(x)).norm()
+        after = (refit(experts, mean, x, dense(x), ONES, ids, ridge=1e-3)(x, ids) - dense(x)).norm()
         assert after < 0.9 * before
 
 
 def test_a_strong_pull_keeps_the_old_weights(dense: DenseFFN) -> None:
     """Protects: the prior, which holds neurons that never run at their old weights."""
     experts, mean, x, ids = setup(dense, 1)
-    fitted = refit(experts, mean, x, dense(x), ids, ridge=1e9)
+    fitted = refit(experts, mean, x, dense(x), ONES, ids, ridge=1e9)
     torch.testing.assert_close(fitted.down, experts.down, rtol=1e-3, atol=1e-5)
     assert fitted.expert_bias is not None
     torch.testing.assert_close(fitted.expert_bias, experts.expert_bias, rtol=1e-3, atol=1e-4)
+
+
+def test_a_token_counts_by_its_weight(dense: DenseFFN) -> None:
+    """Protects: the weights of tokens; one of weight 0 is as good as absent."""
+    experts, mean, x, ids = setup(dense, 1)
+    wild = dense(x)
+    wild[::2] += 100
+    fitted = refit(experts, mean, x, wild, torch.arange(400.0) % 2, ids, ridge=1e-6)
+    few = refit(experts, mean, x[1::2], wild[1::2], ONES[1::2], ids[1::2], ridge=1e-6)
+    torch.testing.assert_close(fitted(x, ids), few(x, ids), rtol=1e-3, atol=1e-3)

@@ -13,7 +13,7 @@ from sparsify.passes.split.split_ffn import Sample, hold_out, split_ffn
 
 def sample(dense: DenseFFN, tokens: int) -> Sample:
     x = torch.randn(tokens, 7)
-    return Sample(x, dense(x))
+    return Sample(x, dense(x), torch.ones(tokens))
 
 
 def test_figures(dense: DenseFFN) -> None:
@@ -22,11 +22,23 @@ def test_figures(dense: DenseFFN) -> None:
     config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16)
     result = split_ffn(dense, dense, fit, measured, config, may_refit=True)
     assert result.receipt <= 1e-5
+    assert result.router is not None
     assert sum(result.tokens_per_expert) == 2 * len(fit.x)  # one of the three is shared
     output = result.experts(measured.x, result.router(measured.x)[1])
     torch.testing.assert_close(result.error, float((output - measured.target).norm() / measured.target.norm()))
     assert result.error_before_refit is not None
     assert result.error < result.error_before_refit
+
+
+def test_training_lowers_the_error_on_held_out_tokens(dense: DenseFFN) -> None:
+    """Protects: block-wise training is part of the split, and no memory of the tokens."""
+    fit, measured = hold_out(sample(dense, 3000))
+    config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16)
+    closed, trained = (
+        split_ffn(dense, dense, fit, measured, replace(config, distill_steps=steps), may_refit=True).error
+        for steps in (0, 60)
+    )
+    assert trained < 0.95 * closed
 
 
 def test_nothing_is_refitted_where_nothing_is_skipped(dense: DenseFFN) -> None:
@@ -39,10 +51,10 @@ def test_nothing_is_refitted_where_nothing_is_skipped(dense: DenseFFN) -> None:
 
 def test_held_out_tokens_are_not_fitted() -> None:
     """Protects: the reported error is honest; with few tokens both samples are the same."""
-    fit, measured = hold_out(Sample(torch.arange(25.0).unsqueeze(1), torch.arange(25.0).unsqueeze(1)))
+    fit, measured = hold_out(Sample(torch.arange(25.0).unsqueeze(1), torch.arange(25.0).unsqueeze(1), torch.ones(25)))
     assert measured.x.flatten().tolist() == [9, 19]
     assert len(fit.x) == 23
-    few = Sample(torch.randn(3, 2), torch.randn(3, 2))
+    few = Sample(torch.randn(3, 2), torch.randn(3, 2), torch.ones(3))
     assert hold_out(few) == (few, few)
 
 
@@ -58,8 +70,8 @@ def test_is_deterministic(dense: DenseFFN) -> None:
 def test_an_ffn_that_is_zero_on_the_example(dense: DenseFFN) -> None:
     """Protects: the receipt is relative to what the FFN computes elsewhere, not to the zeros of a few tokens."""
     silent = replace(dense, down=replace(dense.down, bias=None), projections=tuple(map(_biased, dense.projections)))
-    fit = Sample(torch.randn(400, 7), torch.empty(0))
-    measured = Sample(torch.zeros(2, 7), torch.zeros(2, dense.down.weight.shape[0]))
+    fit = Sample(torch.randn(400, 7), torch.empty(0), torch.empty(0))
+    measured = Sample(torch.zeros(2, 7), torch.zeros(2, dense.down.weight.shape[0]), torch.ones(2))
     assert float(silent(measured.x).abs().max()) < 1e-6  # else nothing is tested here
     result = split_ffn(silent, silent, fit, measured, SparsifyConfig(num_experts=6, top_k=6), may_refit=False)
     assert result.receipt <= 1e-5

@@ -1,0 +1,154 @@
+"""Train the experts and the router of one FFN together towards the output that is wanted: some steps, no labels.
+
+The weights follow the squared error. The router cannot, as chosen ids pass no gradient; it learns what each choice was
+worth (`choice_loss`). Tokens are weighted (`Sample`).
+
+T tokens, D hidden_size, F neurons of all experts, S of them shared, R routed experts of m neurons, K that run.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
+from sparsify.passes.split.dense_ffn import Linear
+from sparsify.passes.split.experts import Experts
+from sparsify.routers import Router
+
+_BATCH = 256
+_MOST_PASSES = 8  # over the tokens: more would learn them by heart
+_EXPERT_LEARNING_RATE = 2e-3
+_ROUTER_LEARNING_RATE = 3e-3
+
+
+def distill_block(
+    experts: Experts, router: Router, x: Tensor, target: Tensor, weight: Tensor, *, steps: int, seed: int
+) -> tuple[Experts, Router]:
+    """Train copies of `experts` and `router` with Adam and a falling learning rate.
+
+    Args:
+        experts: the split.
+        router: `logits` are differentiable in its parameters; its K stays.
+        x: `[T, D]`, T > 0.
+        target: `[T, D_out]`, the output that is wanted for each token.
+        weight: `[T]`, of each token in the error.
+        steps: of at most 256 tokens; fewer are made where they would pass over the tokens more than 8 times.
+        seed: of the order of the tokens.
+
+    Returns:
+        The trained experts and router. Same inputs, same result.
+    """
+    batch = min(_BATCH, len(x))
+    steps = min(steps, max(1, _MOST_PASSES * len(x) // batch))
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1 / (weight * target.square().sum(1)).mean().clamp(min=torch.finfo(x.dtype).tiny)
+    block = _Block(experts, router)
+    rates = [_EXPERT_LEARNING_RATE, _ROUTER_LEARNING_RATE]
+    parameters = [block.own_parameters(), list(block.router.parameters())]
+    optimizer = torch.optim.Adam(
+        [{"params": p, "lr": rate} for p, rate in zip(parameters, rates, strict=True)], fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(len(x), (batch,), generator=generator)
+            error = block(x.index_select(0, rows), target.index_select(0, rows))
+            loss = (weight.index_select(0, rows) * error).mean() * scale
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return block.result()
+
+
+class _Block(nn.Module):
+    """The experts as one wide FFN, shared neurons first, whose routed neurons are masked."""
+
+    def __init__(self, experts: Experts, router: Router) -> None:
+        super().__init__()
+        self._experts = experts
+        self.router = copy.deepcopy(router).requires_grad_(True)
+        self.num_routed, outputs, self.size = experts.down.shape
+        shared = experts.shared
+        ups = [weight.flatten(0, 1) for weight in experts.projections]
+        biases = [None if bias is None else bias.flatten() for bias in experts.projection_biases]
+        vectors = [vector.flatten() if vector.dim() == 2 else vector for vector in experts.vectors]
+        down = experts.down.transpose(1, 2).flatten(0, 1)
+        if shared is not None:
+            ups = [torch.cat([linear.weight, up]) for linear, up in zip(shared.projections, ups, strict=True)]
+            biases = [_cat(linear.bias, bias) for linear, bias in zip(shared.projections, biases, strict=True)]
+            vectors = [_cat(a, b) if b.dim() else b for a, b in zip(shared.vectors, vectors, strict=True)]
+            down = torch.cat([shared.down.weight.t(), down])
+        self.ups = nn.ParameterList(nn.Parameter(up.clone()) for up in ups)
+        self.biases = [None if bias is None else nn.Parameter(bias.clone()) for bias in biases]
+        self.vectors = vectors
+        self.down = nn.Parameter(down.clone())  # [F, D_out]
+        self.num_shared = len(down) - self.num_routed * self.size
+        nothing = down.new_zeros(self.num_routed, outputs)
+        self.expert_bias = nn.Parameter(nothing if experts.expert_bias is None else experts.expert_bias.clone())
+        self.bias = nn.Parameter(down.new_zeros(outputs) if experts.bias is None else experts.bias.clone())
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """All but those of the router."""
+        biases = [bias for bias in self.biases if bias is not None]
+        return [*self.ups, *biases, self.down, self.expert_bias, self.bias]
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """`[T]`: squared error of each token, and what its routing has to learn."""
+        projected = [functional.linear(x, up, bias) for up, bias in zip(self.ups, self.biases, strict=True)]
+        hidden = self._experts.activation(*projected, *self.vectors)  # [T, F]
+        logits = self.router.logits(x)
+        chosen = choose(logits.detach(), self.router.top_k)
+        runs = functional.pad(chosen.repeat_interleave(self.size, dim=1), (self.num_shared, 0), value=1.0)  # [T, F]
+        error = target - torch.addmm(self.bias, hidden * runs, self.down) - chosen @ self.expert_bias
+        gains = self._gains(hidden.detach()[:, self.num_shared :], error.detach(), chosen)
+        return error.square().sum(1) + choice_loss(logits, gains, self.router.top_k)
+
+    @torch.no_grad()
+    def _gains(self, routed: Tensor, error: Tensor, chosen: Tensor) -> Tensor:
+        """`[T, R]`; `routed` is `[T, R * m]`. |d_e|^2 comes from the m x m products of an expert's columns."""
+        routed = routed.unflatten(1, (-1, self.size))  # [T, R, m]
+        down = self.down[self.num_shared :]  # [R * m, D_out]
+        inner = (routed * (error @ down.t()).view_as(routed)).sum(2) + error @ self.expert_bias.t()
+        columns = down.view(self.num_routed, self.size, -1)
+        by_expert = routed.transpose(0, 1)  # [R, T, m]
+        squares = (by_expert @ (columns @ columns.transpose(1, 2)) * by_expert).sum(2)
+        squares += 2 * (by_expert @ (columns @ self.expert_bias.unsqueeze(2))).squeeze(2)
+        squares = squares.t() + self.expert_bias.square().sum(1)
+        return choice_gains(inner, squares, chosen)
+
+    @torch.no_grad()
+    def result(self) -> tuple[Experts, Router]:
+        """The trained tensors, in their places."""
+        experts, first = self._experts, self.num_shared
+        biases = [None if bias is None else bias.detach() for bias in self.biases]
+        shared = experts.shared
+        if shared is not None:
+            taken = zip(shared.projections, self.ups, biases, strict=True)
+            projections = [Linear(p.role, up[:first].detach(), _head(b, first), p.dtype) for p, up, b in taken]
+            down = Linear(shared.down.role, self.down[:first].t().contiguous(), None, shared.down.dtype)
+            shared = replace(shared, projections=tuple(projections), down=down)
+        routed = (-1, self.size)
+        trained = replace(
+            experts,
+            projections=tuple(up[first:].detach().unflatten(0, routed) for up in self.ups),
+            projection_biases=tuple(None if b is None else b[first:].unflatten(0, routed) for b in biases),
+            down=self.down[first:].unflatten(0, routed).transpose(1, 2).contiguous(),
+            expert_bias=self.expert_bias.detach(),
+            bias=self.bias.detach(),
+            shared=shared,
+        )
+        return trained, self.router.requires_grad_(False)
+
+
+def _cat(shared: Tensor | None, routed: Tensor | None) -> Tensor | None:
+    return None if shared is None or routed is None else torch.cat([shared, routed])
+
+
+def _head(bias: Tensor | None, count: int) -> Tensor | None:
+    return None if bias is None else bias[:count]

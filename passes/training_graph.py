@@ -1,0 +1,132 @@
+"""Run a converted model with gradients, and read at each of its FFNs what light training needs.
+
+T tokens, D hidden_size, R routed experts, K that run.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from sparsify.passes.activation import is_view
+from sparsify.passes.find_layers import COMBINE, MOE_FFN
+from sparsify.passes.graph_values import op_name
+from sparsify.passes.neuron_wise import is_inert
+from sparsify.routers import Router
+
+
+@dataclass(frozen=True)
+class RoutedFFN:
+    """One converted FFN at one of its sites in the graph of a model.
+
+    Attributes:
+        name: of the FFN.
+        router_call: returns routing weights and expert ids.
+        mixed: what the chosen experts add up to, `[T, D_out]`.
+        hidden: the hidden state that the output of the FFN becomes part of; the dense graph calls it the same.
+        experts: from `(x, routing_weights, expert_ids)` to the routed sum.
+    """
+
+    name: str
+    router_call: Node
+    mixed: Node
+    hidden: Node
+    experts: GraphModule
+
+
+def routed_ffns(sparse: GraphModule, dense_names: set[str]) -> list[RoutedFFN]:
+    """Find every converted FFN at every site, in graph order.
+
+    Args:
+        sparse: the converted model.
+        dense_names: of the nodes of the dense model, captured in the same way.
+    """
+    calls = [node for node in sparse.graph.nodes if node.op == "call_module" and _is_router(sparse, node)]
+    return [_read(sparse, call, dense_names) for call in calls]
+
+
+def _is_router(sparse: GraphModule, node: Node) -> bool:
+    return isinstance(sparse.get_submodule(str(node.target)), Router)
+
+
+def _read(sparse: GraphModule, router_call: Node, dense_names: set[str]) -> RoutedFFN:
+    weights = next(user for user in router_call.users if user.target is operator.getitem and user.args[1] == 0)
+    mixed = next(user for user in weights.users if user.target in (MOE_FFN, COMBINE))
+    node = mixed
+    while node.name not in dense_names and len(node.users) == 1:
+        (node,) = node.users
+    experts = _experts(sparse, router_call, mixed)
+    return RoutedFFN(str(router_call.target).removesuffix(".router"), router_call, mixed, _hidden(node), experts)
+
+
+def _hidden(down: Node) -> Node:
+    """Behind the residual connection, if there is one."""
+    node = last = down
+    while len(node.users) == 1:
+        (reader,) = node.users
+        if op_name(reader) == "add":
+            last = reader
+        elif not is_inert(reader) and not is_view(reader):
+            break
+        node = reader
+    return last
+
+
+def _experts(sparse: GraphModule, router_call: Node, mixed: Node) -> GraphModule:
+    """The nodes from the dispatched tokens to their sum, as a module of its own that shares the weights."""
+    graph = Graph()
+    x = router_call.all_input_nodes[0]
+    outputs = {node.args[1]: node for node in router_call.users}
+    names = {x: "x", outputs[0]: "routing_weights", outputs[1]: "expert_ids"}
+    copied = {node: graph.placeholder(name) for node, name in names.items()}
+    stack, needed = [mixed], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in copied and node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    for node in sorted(needed):
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(copied[mixed])
+    return GraphModule(sparse, graph)
+
+
+class TracingInterpreter(Interpreter):
+    """Runs a graph and keeps the values of some nodes.
+
+    Attributes:
+        kept: by name of the node, after a run.
+    """
+
+    def __init__(self, graph_module: GraphModule, keep: Sequence[str], *, detach: Sequence[str] = ()) -> None:
+        """Prepare to run.
+
+        Args:
+            graph_module: the model.
+            keep: names of nodes.
+            detach: nodes whose readers send no gradient back.
+        """
+        super().__init__(graph_module)
+        self.kept: dict[str, Any] = {}
+        self._keep, self._detach = frozenset(keep), frozenset(detach)
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node."""
+        value = super().run_node(n)
+        if n.name in self._keep:
+            self.kept[n.name] = value
+        return value.detach() if n.name in self._detach and isinstance(value, Tensor) else value
+
+
+@torch.no_grad()
+def expert_outputs(ffn: RoutedFFN, x: Tensor, num_routed: int) -> Tensor:
+    """What each routed expert adds for each token of `x` `[T, D]`: `[T, R, D_out]`."""
+    rows = x.repeat_interleave(num_routed, dim=0)  # [T * R, D]
+    ids = torch.arange(num_routed, device=x.device).repeat(len(x)).unsqueeze(1)  # [T * R, 1]
+    return ffn.experts(rows, torch.ones_like(ids, dtype=x.dtype), ids).unflatten(0, (len(x), num_routed))

@@ -1,0 +1,264 @@
+"""Light training of a converted model towards the dense one, without labels.
+
+Both models run on the same batches. At every converted FFN the hidden state behind it is compared with that of the
+dense model, token by token and relative to the size of the hidden state; the outputs are compared as a whole. Experts
+follow the gradient of the sum; each router learns which experts its own layer was better off with
+(`passes/split/choice_loss.py`), as chosen ids pass no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from sparsify.distill_checkpoint import load_checkpoint, save_checkpoint
+from sparsify.errors import CalibrationError
+from sparsify.passes.calibrate import Call, flat_inputs, read_batches, select_tokens
+from sparsify.passes.capture import capture
+from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.normalize_linear import NormalizeLinearPass
+from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
+from sparsify.passes.training_graph import RoutedFFN, TracingInterpreter, expert_outputs, routed_ffns
+from sparsify.routers import Router
+from sparsify.sparse_model import SparseModel
+
+_ROUTED_TOKENS = 256  # of a layer and step that teach its router: all its experts run for them
+_WARM_UP = 0.1  # of the steps
+_EVERY = 50  # steps between checkpoints
+_MOST_BATCH_TOKENS = 2**62
+
+# Called as progress(step, steps, loss).
+DistillProgress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What a training did.
+
+    Attributes:
+        losses: of every step of this call: mean over the converted FFNs of the squared error of the hidden state,
+            relative to its size, plus that of the outputs.
+        first_step: where it began; above 0 where a checkpoint was resumed.
+        seconds: wall-clock time.
+    """
+
+    losses: tuple[float, ...]
+    first_step: int
+    seconds: float
+
+    def __str__(self) -> str:
+        if not self.losses:
+            return f"nothing to do: {self.first_step} steps were done before"
+        tenth = max(1, len(self.losses) // 10)
+        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
+        return f"{len(self.losses)} steps in {self.seconds:.0f} s: loss {first:.4f} -> {last:.4f}"
+
+
+def distill(
+    sparse: SparseModel,
+    dense: nn.Module,
+    batches: Iterable[object],
+    *,
+    steps: int,
+    train: Literal["experts", "routers"] = "experts",
+    through: Literal["model", "block"] = "model",
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: DistillProgress | None = None,
+) -> DistillReport:
+    """Train the experts and routers of `sparse`, in place, to give the hidden states and outputs of `dense`.
+
+    Only what the conversion made is trained; weights that `sparse` shares with `dense` stay as they are.
+
+    Args:
+        sparse: a converted model, captured as a whole.
+        dense: the model that it was made from; it is not changed.
+        batches: as `calibration=` of `sparsify` takes them; read once, then used in a new random order each time
+            around. Positions where a keyword `attention_mask` is 0 do not count.
+        steps: batches to train on.
+        train: "experts" and their routers, or "routers" alone.
+        through: "model" lets an error reach the experts of all layers before it; "block" only those of its own layer,
+            which needs less memory and time.
+        learning_rate: of the experts, with Adam, rising over a tenth of the steps and falling along a cosine; routers
+            take three times as much.
+        seed: of the order of the batches.
+        checkpoint: a safetensors file, written every 50 steps and at the end; where it is there, training goes on from
+            it, to the same result. It must be of the same call.
+        progress: called after each step.
+
+    Returns:
+        The losses and the time.
+
+    Raises:
+        TypeError: `sparse` is no graph, as a model that could not be traced as a whole.
+        ValueError: an option is not valid, `dense` is another model, or the checkpoint is of another training.
+        CalibrationError: the batches are empty or do not fit the model.
+    """
+    _check(sparse, steps, train, through, learning_rate)
+    start = time.perf_counter()
+    reference = _capture(dense, sparse)
+    calls = read_batches(batches, _MOST_BATCH_TOKENS)
+    ffns = routed_ffns(sparse, {node.name for node in reference.graph.nodes})
+    _require_same(ffns, reference)
+    groups = _parameters(sparse, train)
+    rates = (learning_rate, 3 * learning_rate)
+    optimizer = torch.optim.Adam([{"params": p, "rate": r} for p, r in zip(groups, rates, strict=True) if p])
+    file = None if checkpoint is None else Path(checkpoint)
+    names = {id(parameter): name for name, parameter in sparse.named_parameters()}
+    settings = f"{steps} steps, train={train}, through={through}, learning_rate={learning_rate}, seed={seed}"
+    first = 0 if file is None else load_checkpoint(file, optimizer, names, settings)
+    trained = [parameter for group in groups for parameter in group]
+    before = {id(parameter): parameter.requires_grad for parameter in sparse.parameters()}
+    losses: list[float] = []
+    try:
+        for parameter in sparse.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for step in range(first, steps):
+            index = _order(len(calls), step, seed)
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * _schedule(step / steps)
+            losses.append(_step(sparse, reference, ffns, (index, calls[index]), through, optimizer))
+            if file is not None and ((step + 1) % _EVERY == 0 or step + 1 == steps):
+                save_checkpoint(file, optimizer, names, step + 1, settings)
+            if progress is not None:
+                progress(step + 1, steps, losses[-1])
+    finally:
+        for parameter in sparse.parameters():
+            parameter.requires_grad_(before[id(parameter)])
+            parameter.grad = None
+    return DistillReport(tuple(losses), first, time.perf_counter() - start)
+
+
+def _schedule(done: float) -> float:
+    """Share of the learning rate: rising, then falling along a cosine to 0."""
+    if done < _WARM_UP:
+        return max(done, _WARM_UP / 10) / _WARM_UP
+    return (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP))) / 2
+
+
+def _check(sparse: object, steps: int, train: str, through: str, learning_rate: float) -> None:
+    if not isinstance(sparse, SparseModel):
+        raise TypeError(
+            f"distill needs a SparseModel, got {type(sparse).__name__}; a model that was converted in parts has no "
+            "graph: train it as any other module"
+        )
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    if train not in ("experts", "routers"):
+        raise ValueError(f'train must be "experts" or "routers", got {train!r}')
+    if through not in ("model", "block"):
+        raise ValueError(f'through must be "model" or "block", got {through!r}')
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
+
+
+def _capture(dense: nn.Module, sparse: SparseModel) -> GraphModule:
+    """In the same way as at the conversion, so that nodes have the same names."""
+    return NormalizeLinearPass()(capture(dense, sparse.info.args, sparse.info.kwargs)).graph_module
+
+
+def _require_same(ffns: Sequence[RoutedFFN], reference: GraphModule) -> None:
+    if not ffns:
+        raise ValueError("the model has no routed experts to train; convert it first")
+    known = {node.name for node in reference.graph.nodes}
+    lost = [ffn.name for ffn in ffns if ffn.hidden.name not in known]
+    if lost:
+        raise ValueError(
+            f"dense is not the model that was converted: it has no value `{ffns[0].hidden.name}` as behind "
+            f"{', '.join(lost)}; give the model that sparsify() was called with"
+        )
+
+
+def _parameters(sparse: SparseModel, train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Of the experts, and of the routers; shared modules count once."""
+    experts: dict[int, nn.Parameter] = {}
+    routers: dict[int, nn.Parameter] = {}
+    for name, router in sparse.routers.items():
+        for child, module in sparse.get_submodule(name).named_children():
+            if child in ("experts", "shared"):
+                experts |= {id(p): p for p in module.parameters() if p.is_floating_point()}
+        routers |= {id(p): p for p in router.parameters()}
+    return (list(experts.values()) if train == "experts" else []), list(routers.values())
+
+
+def _order(count: int, step: int, seed: int) -> int:
+    """The batch of a step: every time around in another order, whatever was done before."""
+    around, place = divmod(step, count)
+    return random.Random(f"{seed}-{around}").sample(range(count), count)[place]
+
+
+def _step(
+    sparse: SparseModel,
+    reference: GraphModule,
+    ffns: Sequence[RoutedFFN],
+    numbered: tuple[int, Call],
+    through: str,
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    index, call = numbered
+    hidden = [ffn.hidden.name for ffn in ffns]
+    teacher = TracingInterpreter(reference, hidden)
+    flat = flat_inputs(reference, call, index)
+    with torch.no_grad():
+        wanted = tensor_leaves(teacher.run(*flat, enable_io_processing=False))
+    calls = [ffn.router_call for ffn in ffns]
+    inputs = [node.all_input_nodes[0].name for node in calls]
+    student = TracingInterpreter(
+        sparse, [*hidden, *inputs, *(node.name for node in calls)], detach=hidden if through == "block" else ()
+    )
+    with torch.enable_grad():
+        outputs = tensor_leaves(student.run(*flat, enable_io_processing=False))
+        loss, lesson = torch.zeros(()), torch.zeros(())
+        for ffn in ffns:
+            own, of_router = _layer_losses(sparse, ffn, student.kept, teacher.kept[ffn.hidden.name], call)
+            loss, lesson = loss + own / len(ffns), lesson + of_router / len(ffns)
+        loss = loss + sum(_relative(a, b, call) for a, b in zip(outputs, wanted, strict=True) if a.is_floating_point())
+        optimizer.zero_grad()
+        (loss + lesson).backward()
+    value = float(loss.detach())
+    if value != value:  # NaN
+        raise CalibrationError("the loss is NaN: a batch leads to values that are not finite, or lower learning_rate")
+    optimizer.step()
+    return value
+
+
+def _layer_losses(
+    sparse: SparseModel, ffn: RoutedFFN, kept: dict[str, Any], wanted: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the hidden state relative to its size, and what the router has to learn."""
+    axis = sparse.info.covers[ffn.name].down_axis
+    pair = (kept[ffn.hidden.name], wanted)
+    ours, theirs = (select_tokens(hidden.movedim(axis, -1), call.mask).float() for hidden in pair)
+    weight = 1 / theirs.var(1, correction=0).clamp(min=1e-12) / theirs.shape[1]
+    error = theirs - ours  # [T, D_out]
+    loss = (weight * error.square().sum(1)).mean()
+    router: Router = sparse.get_submodule(f"{ffn.name}.router")  # type: ignore[assignment]
+    flat = select_tokens(kept[ffn.router_call.all_input_nodes[0].name], call.mask)
+    if router.top_k == router.num_experts or len(flat) != len(error):
+        return loss, loss.new_zeros(())
+    rows = torch.arange(0, len(flat), -(-len(flat) // _ROUTED_TOKENS))
+    x, error, weight = flat.detach()[rows], error.detach()[rows], weight[rows]
+    logits = router.logits(x).float()
+    added = expert_outputs(ffn, x, router.num_experts).float()  # [T, R, D_out]
+    chosen = choose(logits.detach(), router.top_k)
+    gains = choice_gains((added @ error.unsqueeze(2)).squeeze(2), added.square().sum(2), chosen)
+    return loss, (weight * choice_loss(logits, gains, router.top_k)).mean()
+
+
+def _relative(ours: Tensor, wanted: Tensor, call: Call) -> Tensor:
+    """Squared error relative to the size, over all positions that count."""
+    a, b = (select_tokens(t, call.mask).float() if t.dim() > 1 else t.float() for t in (ours, wanted))
+    return functional.mse_loss(a, b) / b.square().mean().clamp(min=1e-12)

@@ -1,0 +1,103 @@
+"""`distill`: the converted model comes closer to the dense one, alone; training can stop and go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify import SparseModel, distill, sparsify
+from sparsify.models.bert import Bert, BertConfig
+from sparsify.models.llama import Llama, LlamaConfig
+
+
+@pytest.fixture(scope="module", params=["gated decoder", "post-norm encoder"])
+def dense(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return (Llama(LlamaConfig()) if request.param == "gated decoder" else Bert(BertConfig())).eval()
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (8, 32), generator=generator) for _ in range(6)]
+
+
+@pytest.fixture(scope="module")
+def folder(dense: nn.Module, batches: list[Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The conversion, saved: every test loads a fresh one, so values are found by name in a loaded model too."""
+    options = {"num_experts": 4, "top_k": 2, "num_shared_experts": 0, "select": "all", "refit": False}
+    folder = tmp_path_factory.mktemp("converted")
+    sparsify(dense, batches[0][:2, :5], calibration=batches, **options).save(folder)
+    return folder
+
+
+
+def changed(sparse: SparseModel, before: dict[str, Tensor]) -> list[str]:
+    return [name for name, value in sparse.state_dict().items() if not torch.equal(value, before[name])]
+
+
+@pytest.mark.parametrize("through", ["model", "block"])
+def test_comes_closer_and_changes_only_experts(
+    dense: nn.Module, batches: list[Tensor], folder: Path, through: str
+) -> None:
+    """Protects: the aim; weights that the dense model shares stay."""
+    sparse = SparseModel.load(folder)
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    original = {name: value.clone() for name, value in dense.state_dict().items()}
+    wanted_gradients = [parameter.requires_grad for parameter in sparse.parameters()]
+    report = distill(sparse, dense, batches, steps=20, through=through)  # type: ignore[arg-type]
+    assert sum(report.losses[-6:]) < 0.95 * sum(report.losses[:6])
+    assert all(torch.equal(value, original[name]) for name, value in dense.state_dict().items())
+    names = changed(sparse, before)
+    assert any(".router." in name for name in names)
+    assert all(".router." in name or ".experts." in name for name in names)
+    assert [parameter.requires_grad for parameter in sparse.parameters()] == wanted_gradients
+
+
+def test_routers_alone(dense: nn.Module, batches: list[Tensor], folder: Path) -> None:
+    """Protects: train="routers" leaves the experts alone."""
+    sparse = SparseModel.load(folder)
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    distill(sparse, dense, batches, steps=5, train="routers")
+    names = changed(sparse, before)
+    assert names
+    assert all(".router." in name for name in names)
+
+
+def test_goes_on_from_a_checkpoint_to_the_same_weights(
+    dense: nn.Module, batches: list[Tensor], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: moments, order of the batches and learning rate are restored; nothing is pickled."""
+    monkeypatch.setattr("sparsify.distillation._EVERY", 4)
+    whole, broken = SparseModel.load(folder), SparseModel.load(folder)
+    distill(whole, dense, batches, steps=7)
+    file = tmp_path / "training.safetensors"
+
+    def stop(step: int, steps: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(broken, dense, batches, steps=7, checkpoint=file, progress=stop)
+    again = SparseModel.load(folder)
+    report = distill(again, dense, batches, steps=7, checkpoint=file)
+    assert report.first_step == 4
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    with pytest.raises(ValueError, match="is of another training"):
+        distill(again, dense, batches, steps=8, checkpoint=file)
+
+
+def test_refusals(dense: nn.Module, batches: list[Tensor], folder: Path) -> None:
+    """Protects: what cannot work is refused with a reason."""
+    sparse = SparseModel.load(folder)
+    with pytest.raises(TypeError, match="needs a SparseModel, got"):
+        distill(dense, dense, batches, steps=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='train must be "experts" or "routers"'):
+        distill(sparse, dense, batches, steps=1, train="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="learning_rate must be above 0"):
+        distill(sparse, dense, batches, steps=1, learning_rate=0.0)
+    with pytest.raises(ValueError, match="is not the model that was converted"):
+        distill(sparse, nn.Embedding(256, 4), batches, steps=1)
