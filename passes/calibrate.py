@@ -89,7 +89,7 @@ class CalibrationStream:
         found: list[Tensor] = []
         for node in wanted:
             pairs = zip(self._environments, self._masks, strict=True)
-            ids = [_select(environment[node].unsqueeze(-1), mask).squeeze(-1) for environment, mask in pairs]
+            ids = [select_tokens(environment[node].unsqueeze(-1), mask).squeeze(-1) for environment, mask in pairs]
             found.append(torch.cat(ids))
         return found
 

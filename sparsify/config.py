@@ -130,6 +130,11 @@ class SparsifyConfig:
         self._check_start()
         if self.budget is not None and not 0 < self.budget < 1:
             raise ValueError(f"budget must be a share of the multiply-adds between 0 and 1, got {self.budget!r}")
+        if self.budget is not None and (self.start, self.router_name) != ("split", "mlp"):
+            raise ValueError(
+                f"budget= chooses parts of a split behind the router 'mlp', not start={self.start!r} with "
+                f"router={self.router_name!r}; leave it out"
+            )
         _check_select(self.select)
         if isinstance(self.select, list):
             object.__setattr__(self, "select", tuple(self.select))
@@ -140,8 +145,9 @@ class SparsifyConfig:
         _at_least("max_calibration_tokens", self.max_calibration_tokens, 1)
         if not self.ridge > 0:
             raise ValueError(f"ridge must be above 0, got {self.ridge}")
-        routed = (self.num_experts - self.shared, self.top_k - self.shared)
-        self._check_router(make_router(self.router_name, 8, *routed, self.options, seed=0))
+        if self.top_k > self.shared:  # else nothing is routed
+            routed = (self.num_experts - self.shared, self.top_k - self.shared)
+            self._check_router(make_router(self.router_name, 8, *routed, self.options, seed=0))
 
     @property
     def shared(self) -> int:

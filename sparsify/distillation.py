@@ -29,7 +29,7 @@ from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
 from sparsify.passes.training_graph import RoutedFFN, TracingInterpreter, expert_outputs, routed_ffns
-from sparsify.routers import Router
+from sparsify.routers import UnitRouter
 from sparsify.sparse_model import SparseModel
 
 _ROUTED_TOKENS = 256  # of a layer and step that teach its router: all its experts run for them
@@ -245,7 +245,7 @@ def _layer_losses(
     weight = 1 / theirs.var(1, correction=0).clamp(min=1e-12) / theirs.shape[1]
     error = theirs - ours  # [T, D_out]
     loss = (weight * error.square().sum(1)).mean()
-    router: Router = sparse.get_submodule(f"{ffn.name}.router")  # type: ignore[assignment]
+    router: UnitRouter = sparse.get_submodule(f"{ffn.name}.router")  # type: ignore[assignment]
     flat = select_tokens(kept[ffn.router_call.all_input_nodes[0].name], call.mask)
     if router.top_k == router.num_experts or len(flat) != len(error):
         return loss, loss.new_zeros(())

@@ -85,8 +85,8 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
 
 def _reads_ids(sparse: SparseModel, name: str) -> str | None:
     """Why the experts cannot run inside a module: it is given tokens alone."""
-    router = sparse.routers[name]
-    if not router.reads_ids:
+    router = sparse.routers.get(name)
+    if router is None or not router.reads_ids:
         return None
     return f"its router ({router.system.name}) reads an integer of every token, which the module is not given"
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
 from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
-from sparsify.routers import Router
+from sparsify.routers import UnitRouter
 
 _BATCH = 256
 _MOST_PASSES = 8  # over the tokens: more would learn them by heart
@@ -27,8 +27,8 @@ _ROUTER_LEARNING_RATE = 3e-3
 
 
 def distill_block(
-    experts: Experts, router: Router, x: Tensor, target: Tensor, weight: Tensor, *, steps: int, seed: int
-) -> tuple[Experts, Router]:
+    experts: Experts, router: UnitRouter, x: Tensor, target: Tensor, weight: Tensor, *, steps: int, seed: int
+) -> tuple[Experts, UnitRouter]:
     """Train copies of `experts` and `router` with Adam and a falling learning rate.
 
     Args:
@@ -69,7 +69,7 @@ def distill_block(
 class _Block(nn.Module):
     """The experts as one wide FFN, shared neurons first, whose routed neurons are masked."""
 
-    def __init__(self, experts: Experts, router: Router) -> None:
+    def __init__(self, experts: Experts, router: UnitRouter) -> None:
         super().__init__()
         self._experts = experts
         self.router = copy.deepcopy(router).requires_grad_(True)
@@ -123,7 +123,7 @@ class _Block(nn.Module):
         return choice_gains(inner, squares, chosen)
 
     @torch.no_grad()
-    def result(self) -> tuple[Experts, Router]:
+    def result(self) -> tuple[Experts, UnitRouter]:
         """The trained tensors, in their places."""
         experts, first = self._experts, self.num_shared
         biases = [None if bias is None else bias.detach() for bias in self.biases]
