@@ -201,7 +201,8 @@ def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: s
         A module from `[..., D]` to `[..., D_out]` (features along `x_axis` and `down_axis`), for any leading sizes.
     """
     read, y = _ends(sparse.graph, name)
-    grouped = sparse.routers[name].reads_groups
+    router = sparse.routers.get(name)
+    grouped = router is not None and router.reads_groups
     graph = Graph()
     x = graph.placeholder(parameter)
     tokens = x if cover.x_axis == -1 else graph.call_method("movedim", (x, cover.x_axis, -1))
