@@ -81,6 +81,18 @@ class CalibrationStream:
         self._advance(wanted)
         return [self._tokens(node, axis, name) for node, (_, axis) in zip(wanted, places, strict=True)]
 
+    def ids_at(self, names: Sequence[str]) -> list[Tensor]:
+        """As `tokens_at`, for nodes that hold an integer for every token: `[T]` each."""
+        by_name = {node.name: node for node in self._graph_module.graph.nodes}
+        wanted = [by_name[name] for name in names]
+        self._advance(wanted)
+        found: list[Tensor] = []
+        for node in wanted:
+            pairs = zip(self._environments, self._masks, strict=True)
+            ids = [_select(environment[node].unsqueeze(-1), mask).squeeze(-1) for environment, mask in pairs]
+            found.append(torch.cat(ids))
+        return found
+
     def has_passed(self, name: str) -> bool:
         """The node was executed for every batch, so what it reads is not needed any more."""
         return any(node.name == name for node in self._executed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sparsify.config import SparsifyConfig
+from sparsify.errors import SelectionError
 from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.find_layers import find_layers
 from sparsify.passes.fuse_moe import FuseMoEPass, why_not_fused
@@ -33,8 +35,11 @@ from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
 from sparsify.passes.split.fold_vectors import fold_vectors
 from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out
 from sparsify.passes.split.statistics import chunks
+from sparsify.passes.thread_ids import IdSource, thread_ids
+from sparsify.passes.token_layout import group_size
 from sparsify.passes.upcycle_ffn import starts_exact
 from sparsify.passes.verify import check_receipt
+from sparsify.routers import Router, router_class
 
 _SYNTHETIC_TOKENS = 4096
 _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
@@ -49,6 +54,8 @@ class ConvertedLayer:
         gap: the start is not exact, as routing weights scale experts or tokens are left out; `error` says by how much.
         num_parameters: of experts and router.
         router_flops: per token, 2 per multiply-add.
+        group: how many tokens compete for its experts at the example inputs, for a router that reads groups; 0 where
+            these are all tokens of a call, None for any other router.
         unfused: why its experts run as a chain of ops, not as one; None where they are one.
     """
 
@@ -60,6 +67,7 @@ class ConvertedLayer:
     error: float
     error_before_refit: float | None
     tokens_per_expert: tuple[int, ...]
+    group: int | None = None
     unfused: str | None = None
 
 
@@ -74,6 +82,7 @@ def convert(
     progress: Callable[[int, int], None],
     *,
     consume: bool = False,
+    ids: IdSource | None = None,
 ) -> tuple[dict[str, ConvertedLayer], int]:
     """Convert the planned FFNs in place.
 
@@ -86,6 +95,7 @@ def convert(
         example: the example inputs.
         progress: called with the number of layers done and in all.
         consume: free the dense weights of every layer once it is converted, wherever else they are held.
+        ids: the input that ids of tokens come from, for a router that reads them.
 
     Returns:
         The result of every converted FFN by name, and the number of calibration tokens.
@@ -105,24 +115,26 @@ def convert(
     tokens = 0
     for done, match in enumerate(todo):
         progress(done, len(todo))
-        options = layers[match.name].configure(config)
+        options = _with_table(layers[match.name].configure(config), ids)
         original = read_ffn(graph_module, match)
         match, dense = fold_vectors(match, original)
+        group = _group(graph_module, match, options)
+        id_nodes = thread_ids(graph_module.graph, match, ids) if ids is not None else ()
         if len(match.sites) > 1:
-            fresh = CalibrationStream(dense_module, batches)
-            sample = _pooled(fresh, match, dense, config.max_calibration_tokens)
+            sample = _pooled(dense_module, batches, match, dense, config.max_calibration_tokens, ids)
         else:
-            sample = _sample(reference, stream, graph_module, match, dense)
+            sample = _sample(reference, stream, graph_module, match, dense, id_nodes)
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
         result = make_experts(dense, original, fit, measured, options, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
+        _check_group(result.router, group, match.name)
         before, last_down = list(graph_module.parameters()), [site.down for site in match.sites][-1]
-        insertion = InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad)
+        insertion = InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad, id_nodes)
         insertion.requires(graph_module)
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
-        results[match.name] = _summary(result, options)
+        results[match.name] = replace(_summary(result, options, len(measured.x)), group=group)
         del original, dense, sample, fit, measured, result
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
@@ -136,11 +148,37 @@ def convert(
     return results, tokens
 
 
-def _summary(result: SplitResult, options: SparsifyConfig) -> ConvertedLayer:
+def _with_table(options: SparsifyConfig, ids: IdSource | None) -> SparsifyConfig:
+    """A table of ids is as large as that of the embedding that reads them."""
+    takes = "num_ids" in inspect.signature(router_class(options.router_name).__init__).parameters
+    if ids is None or ids.num_ids is None or not takes or "num_ids" in options.options:
+        return options
+    return replace(options, router_options={**options.options, "num_ids": ids.num_ids})
+
+
+def _group(graph_module: GraphModule, match: FFNMatch, options: SparsifyConfig) -> int | None:
+    """See `ConvertedLayer.group`."""
+    if not router_class(options.router_name).reads_groups:
+        return None
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    return max(group_size(nodes[site.x], site.x_axis) or 0 for site in match.sites)
+
+
+def _check_group(router: Router, group: int | None, name: str) -> None:
+    try:
+        if group:
+            router.check_group(group)
+    except ValueError as error:
+        raise SelectionError(f"{name}: {error}") from error
+
+
+def _summary(result: SplitResult, options: SparsifyConfig, tokens: int) -> ConvertedLayer:
     router, shared = list(result.router.parameters()), result.experts.shared
     always = 0 if shared is None else shared.down.weight.shape[1]
+    varies = result.router.num_slots != result.router.top_k and tokens > 0
+    active = sum(result.tokens_per_expert) / tokens if varies else result.router.top_k
     return ConvertedLayer(
-        neurons_per_token=result.router.top_k * result.experts.down.shape[2] + always,
+        neurons_per_token=round(active * result.experts.down.shape[2]) + always,
         gap=options.start != "shared" and not starts_exact(result.router),
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
         router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
@@ -201,6 +239,7 @@ def _sample(
     graph_module: GraphModule,
     match: FFNMatch,
     dense: DenseFFN,
+    id_nodes: Sequence[str],
 ) -> Sample:
     """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one."""
     (site,) = match.sites
@@ -211,14 +250,25 @@ def _sample(
     target = torch.cat([dense(part) for part in chunks(dense_x)])
     for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
         target += dense_residual - residual
-    return Sample(x, target)
+    return Sample(x, target, torch.cat(stream.ids_at(id_nodes)) if id_nodes else None)
 
 
-def _pooled(stream: CalibrationStream, match: FFNMatch, dense: DenseFFN, max_tokens: int) -> Sample:
+def _pooled(
+    dense_module: GraphModule,
+    batches: Sequence[Call],
+    match: FFNMatch,
+    dense: DenseFFN,
+    max_tokens: int,
+    source: IdSource | None,
+) -> Sample:
     """The inputs of all sites that share the FFN, in the dense model: its experts serve every site."""
+    own = GraphModule(dense_module, copy.deepcopy(dense_module.graph))
+    id_nodes = thread_ids(own.graph, match, source) if source is not None else ()
+    stream = CalibrationStream(own, batches)
     x = torch.cat(stream.tokens_at([(site.x, site.x_axis) for site in match.sites], match.name))
-    x = x[:: -(-len(x) // max_tokens)]
-    return Sample(x, torch.cat([dense(part) for part in chunks(x)]))
+    step = -(-len(x) // max_tokens)
+    ids = torch.cat(stream.ids_at(id_nodes))[::step] if id_nodes else None
+    return Sample(x[::step], torch.cat([dense(part) for part in chunks(x[::step])]), ids)
 
 
 def _synthetic(sample: Sample, seed: int) -> Sample:
@@ -227,4 +277,5 @@ def _synthetic(sample: Sample, seed: int) -> Sample:
     x = sample.x
     noise: Tensor = torch.randn(_SYNTHETIC_TOKENS, x.shape[1], generator=generator, dtype=x.dtype)
     mean, std = x.mean(0), x.std(0, correction=0)
-    return Sample(mean + noise * std, sample.target.new_empty(0))
+    ids = None if sample.ids is None else sample.ids[torch.arange(_SYNTHETIC_TOKENS) % len(x)]
+    return Sample(mean + noise * std, sample.target.new_empty(0), ids)

@@ -1,13 +1,20 @@
 """Put experts in the place of one FFN. The only file that edits a graph to insert experts.
 
     flat = reshape(x, [-1, D])                                           # [T, D], features moved last before
-    routing_weights, expert_ids = router(flat)                           # [T, K] each
+    routing_weights, expert_ids = router(flat[, ids])                    # [T, K] each
     rows, order, offsets = dispatch(flat, expert_ids, R)                 # [T*K, D]
     hidden = activation(expert_linear(rows, up_proj, ..), ..)            # [T*K, m], the model's own nodes, copied
     out = expert_linear(hidden, down_proj, down_proj_bias, offsets)      # [T*K, D_out]
     y = combine(out, routing_weights, order)                             # [T, D_out]
     y = y + shared_down(activation(shared_up(flat), ..))                 # where there are shared experts
     y = reshape(y + bias, leading dimensions of x)
+
+A router that reads groups is given the tokens as the model has them, [G, .., D]. One that mixes them returns slots,
+which take the place of the tokens up to the combine, and the weights that bring them back:
+
+    routing_weights, expert_ids, slots, combine_weights = router(x)      # [N, 1], [N, 1], [N, D], [G, S, n], N = G n
+    ..                                                                   # with slots for flat, to y [N, D_out]
+    y = bmm(combine_weights, view(y, [G, n, D_out]))                     # [T, D_out]
 
 Sites that share their weights call the same experts and router.
 Parameters: `<ffn>.experts.{up_proj, gate_proj, down_proj, *_bias, bias}`, `<ffn>.shared.*`, `<ffn>.router.*`.
@@ -29,6 +36,7 @@ from sparsify.passes.base import Pass, PassResult
 from sparsify.passes.graph_values import fixed_size
 from sparsify.passes.match_ffn import FFNMatch, Site
 from sparsify.passes.split.experts import Experts
+from sparsify.passes.token_layout import before_flattening
 from sparsify.routers import Router, UnitRouter
 
 aten = torch.ops.aten
@@ -39,7 +47,8 @@ moe = torch.ops.sparsify  # registered by sparsify.ops, which split.experts impo
 class InsertMoEPass(Pass):
     """Replace the FFN of `match` by `experts` behind `router`, in place, at every site.
 
-    `dtypes` are those of the model's own weights, by role.
+    `dtypes` are those of the model's own weights, by role; `ids` are the nodes with the ids of the tokens, one for each
+    site, where the router reads ids.
     """
 
     match: FFNMatch
@@ -47,10 +56,11 @@ class InsertMoEPass(Pass):
     router: Router
     dtypes: Mapping[str, torch.dtype]
     requires_grad: bool
+    ids: tuple[str, ...] = ()
 
     def requires(self, graph_module: GraphModule) -> None:
         """The nodes of the match must be there."""
-        wanted = {name for site in self.match.sites for name in (site.x, site.down)}
+        wanted = {name for site in self.match.sites for name in (site.x, site.down)} | set(self.ids)
         missing = wanted - {node.name for node in graph_module.graph.nodes}
         if missing:
             raise PassError(f"the match {self.match.name} is not of this graph: it has no node {sorted(missing)}")
@@ -61,11 +71,11 @@ class InsertMoEPass(Pass):
         read_before = _read_tensors(graph_module)
         self._register(graph_module, [nodes[vector.node] for vector in self.match.vectors])
         dying = {nodes[name] for site in self.match.sites for name in site.interior}
-        for site in self.match.sites:
+        for site, ids in zip(self.match.sites, self.ids or (None,) * len(self.match.sites), strict=True):
             down = nodes[site.down]
             with graph_module.graph.inserting_before(down):
                 shape = _output_shape(graph_module.graph, nodes[site.x], down, site, dying)
-                output = self._build(graph_module, nodes[site.x], shape, site)
+                output = self._build(graph_module, nodes[site.x], shape, site, None if ids is None else nodes[ids])
             output.meta.update(down.meta)
             down.replace_all_uses_with(output)
             nodes[site.down] = output
@@ -109,14 +119,19 @@ class InsertMoEPass(Pass):
             holder.register_parameter(name, nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=requires_grad))
         return holder
 
-    def _build(self, graph_module: GraphModule, x: Node, shape: list[Node | int], site: Site) -> Node:
+    def _build(
+        self, graph_module: GraphModule, x: Node, shape: list[Node | int], site: Site, ids: Node | None
+    ) -> Node:
         graph, name = graph_module.graph, self.match.name
         call = graph.call_function
+        x = before_flattening(x, site.x_axis) if self.router.reads_groups else x
         tokens = x if site.x_axis == -1 else call(aten.movedim.int, (x, site.x_axis, -1))
         flat = call(aten.reshape.default, (tokens, [-1, self.match.hidden_size]))
-        routed = graph.call_module(f"{name}.router", (flat,))
+        read = (tokens if self.router.reads_groups else flat,) if ids is None else (flat, ids)
+        routed = graph.call_module(f"{name}.router", read)
         routing_weights, expert_ids = call(operator.getitem, (routed, 0)), call(operator.getitem, (routed, 1))
-        dispatched = call(moe.dispatch.default, (flat, expert_ids, self.experts.num_routed))
+        rows_of = call(operator.getitem, (routed, 2)) if self.router.mixes else flat
+        dispatched = call(moe.dispatch.default, (rows_of, expert_ids, self.experts.num_routed))
         rows, order, offsets = (call(operator.getitem, (dispatched, i)) for i in range(3))
         parameters = _Parameters(graph, graph_module.get_submodule(f"{name}.experts"), f"{name}.experts")
         projected = [
@@ -128,12 +143,21 @@ class InsertMoEPass(Pass):
         down_proj, down_bias = parameters["down_proj"], parameters.get("down_proj_bias")
         out = call(moe.expert_linear.default, (hidden, down_proj, down_bias, offsets))
         y = call(moe.combine.default, (out, routing_weights, order))
+        y = self._mix(graph, y, routed) if self.router.mixes else y
         if self.experts.shared is not None:
             y = call(aten.add.Tensor, (y, self._shared(graph_module, flat)))
         bias = parameters.get("bias")
         y = y if bias is None else call(aten.add.Tensor, (y, bias))
         y = call(aten.reshape.default, (y, shape))
         return y if site.down_axis == -1 else call(aten.movedim.int, (y, -1, site.down_axis))
+
+    def _mix(self, graph: Graph, y: Node, routed: Node) -> Node:
+        """Outputs of slots `[N, D_out]` to those of tokens `[T, D_out]`."""
+        slots, features = self.router.num_experts * self.router.top_k, self.experts.down.shape[1]
+        weights = graph.call_function(operator.getitem, (routed, 3))
+        y = graph.call_function(aten.view.default, (y, [-1, slots, features]))
+        y = graph.call_function(aten.bmm.default, (weights, y))
+        return graph.call_function(aten.view.default, (y, [-1, features]))
 
     def _row_vectors(self, graph: Graph, parameters: _Parameters, expert_ids: Node, order: Node) -> list[Node]:
         """The per-neuron vectors of each row's expert: `[T*K, m]`; single numbers stay as they are."""

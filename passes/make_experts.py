@@ -14,4 +14,4 @@ def make_experts(
     """Divide the FFN or copy it; the arguments are those of `split_ffn`."""
     if config.start == "split":
         return split_ffn(dense, original, fit, measured, config, may_refit=may_refit)
-    return upcycle_ffn(dense, original, measured, config)
+    return upcycle_ffn(dense, original, measured, config, fit.ids)

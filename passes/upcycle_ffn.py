@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from sparsify.config import SparsifyConfig
+from sparsify.passes.run_experts import run_experts
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide, take_neurons
 from sparsify.passes.split.split_ffn import Sample, SplitResult, count_tokens, relative_error
 from sparsify.routers import LinearRouter, Router, make_router
 
 
-def upcycle_ffn(dense: DenseFFN, original: DenseFFN, sample: Sample, config: SparsifyConfig) -> SplitResult:
+def upcycle_ffn(
+    dense: DenseFFN, original: DenseFFN, sample: Sample, config: SparsifyConfig, ids: Tensor | None = None
+) -> SplitResult:
     """Copy, route and measure.
 
     Args:
@@ -30,29 +33,32 @@ def upcycle_ffn(dense: DenseFFN, original: DenseFFN, sample: Sample, config: Spa
         original: the same before its vectors were folded; the receipt is taken against it.
         sample: tokens for the receipt and the reported error.
         config: `granularity` must divide F.
+        ids: `[T]` of calibration data, for a router that reads ids.
 
     Returns:
         The experts and their router. Where `starts_exact` the receipt is taken with its own routes, else with all
         experts on in equal parts, and `error` says how far the start is from the dense FFN.
     """
     router = _make_router(dense, config)
+    if ids is not None:
+        router.fit_ids(ids)
     exact = _copies(dense, router, config)
-    routed = router(sample.x)
+    expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
     by_routes = config.start == "shared" or starts_exact(router)
     experts = _redraw(exact, config) if config.reinitialise else exact
     return SplitResult(
         experts=experts,
         router=router,
-        receipt=_receipt(original, exact, sample.x, *(routed if by_routes else _everyone(len(sample.x), config))),
+        receipt=_receipt(original, exact, sample, router if by_routes else None),
         error=relative_error(experts, router, sample),
         error_before_refit=None,
-        tokens_per_expert=count_tokens(routed[1], config.num_experts),
+        tokens_per_expert=count_tokens(expert_ids, config.num_experts),
     )
 
 
 def starts_exact(router: Router) -> bool:
     """Copies behind it are the dense FFN: the weights are known, and no token is left out for the sake of others."""
-    return router.rule != "free" and router.batch_invariant
+    return router.start_sum is not None and router.batch_invariant
 
 
 def _make_router(dense: DenseFFN, config: SparsifyConfig) -> Router:
@@ -72,14 +78,8 @@ def _copies(dense: DenseFFN, router: Router, config: SparsifyConfig) -> Experts:
     if config.start == "shared":
         whole = take_neurons(dense, torch.arange(dense.down.weight.shape[1]))
         return replace(experts, down=torch.zeros_like(experts.down), shared=whole)
-    scale = config.granularity / (config.top_k if router.rule == "one" else 1)
+    scale = config.granularity / (router.start_sum or 1)
     return replace(experts, down=experts.down * scale)
-
-
-def _everyone(tokens: int, config: SparsifyConfig) -> tuple[Tensor, Tensor]:
-    """Weights and ids of all experts, in equal parts."""
-    ids = torch.arange(config.num_experts).expand(tokens, -1)
-    return torch.full(ids.shape, 1 / config.num_experts), ids
 
 
 def _redraw(experts: Experts, config: SparsifyConfig) -> Experts:
@@ -103,10 +103,16 @@ def _drawn(weight: Tensor, drawn: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(drawn, replaced.mean() + replaced.std() * noise, weight)
 
 
-def _receipt(dense: DenseFFN, experts: Experts, x: Tensor, routing_weights: Tensor, expert_ids: Tensor) -> float:
-    """Max |experts - dense| / max |dense|."""
-    if not len(x):
-        return 0.0
-    expected = dense(x)
-    difference = (experts(x, expert_ids, routing_weights) - expected).abs()
-    return float(difference.max() / expected.abs().max().clamp(min=1e-30))
+def _receipt(dense: DenseFFN, experts: Experts, sample: Sample, router: Router | None) -> float:
+    """Max |experts - dense| / max |dense|; without a router all experts are on, in equal parts."""
+    difference, size = 0.0, 0.0
+    for x, ids in sample.parts():
+        expected = dense(x)
+        if router is None:
+            everyone = torch.arange(experts.num_routed).expand(len(x), -1)
+            y = experts(x, everyone, torch.full_like(everyone, 1 / experts.num_routed, dtype=x.dtype))
+        else:
+            y, _ = run_experts(experts, router, x, ids)
+        difference = max(difference, float((y - expected).abs().max()))
+        size = max(size, float(expected.abs().max()))
+    return difference / max(size, 1e-30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from sparsify.config import SparsifyConfig
 from sparsify.convert_parts import Conversion, convert_parts
 from sparsify.errors import CaptureError, NoFFNError
 from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
-from sparsify.passes.calibrate import Call, read_batches, without_padding
+from sparsify.passes.calibrate import Call, as_call, read_batches, without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, same_random_numbers
 from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart, capture_parts
 from sparsify.passes.convert import convert
@@ -24,6 +25,7 @@ from sparsify.passes.find_ffns import FoundFFNs, find_ffns
 from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.match_ffn import FFNMatch, Rejection
 from sparsify.passes.plan import ConversionPlan, fit_plan, make_plan
+from sparsify.passes.thread_ids import IdSource, read_ids, split_added
 from sparsify.report import Report
 from sparsify.sparse_model import SparseModel, SparseModelInfo
 
@@ -126,13 +128,14 @@ def sparsify(
             fit it.
         NoFFNError: the model has no FFN that can be split.
         SelectionError: `select`, `overrides` or `plan` do not fit the FFNs of the model, or ask for more experts than
-            one of them has neurons for.
+            one of them has neurons for; or the model has no ids or groups of tokens as the router needs them.
         CausalityError: the model is causal and the router is not.
         CalibrationError: the calibration data is empty, does not fit, or leads to values that are not finite.
     """
     _refuse_contradiction(plan, options)
     config = _config(config, options)
-    args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    kwargs, added = split_added(model, kwargs or {}, config.ids_name)
     clock = _Clock(progress)
     captured = clock.run("capture", lambda: _capture(model, args, kwargs, dynamic_shapes, allow_parts))
     found = clock.run("match", lambda: find_ffns(model, captured, args, kwargs))
@@ -140,11 +143,14 @@ def sparsify(
     plan = make_plan(found.matches, config) if plan is None else fit_plan(plan, found.matches, config)
     refuse_non_causal(found.parts, plan, config)
     expected, parameters_before = _dense_outputs(model, args, kwargs), _count(model)
+    ids, kwargs = read_ids(found, config, added), {**kwargs, **added}
     batches = _read(calibration, plan, config)
-    convert_found = _convert_whole if found.is_whole else convert_parts
+    convert_found = partial(_convert_whole, ids=ids) if found.is_whole else convert_parts
     done = clock.run(
         "convert",
-        lambda: convert_found(model, found, plan, config, batches, (args, kwargs), clock.layers, consume=consume_model),
+        lambda: convert_found(
+            model, found, plan, config, batches, (args, kwargs), clock.layers, consume=consume_model
+        ),
     )
     error = clock.run("verify", lambda: _output_error(expected, done.sparse, args, kwargs))
     notes = input_notes(found.parts[0].graph_module, args, kwargs) if found.is_whole else part_notes(found.skipped)
@@ -155,6 +161,7 @@ def sparsify(
             *conversion_notes(
                 done.plan, done.results, weights_only=calibration is None, copies=config.start != "split"
             ),
+            *([] if ids is None else [str(ids)]),
         ),
         calibration_tokens=done.tokens,
         parameters_before=parameters_before,
@@ -198,11 +205,13 @@ def _convert_whole(
     progress: Callable[[int, int], None],
     *,
     consume: bool = False,
+    ids: IdSource | None,
 ) -> Conversion:
     """As `convert_parts`, for a model that is one graph."""
     (whole,) = found.parts
+    call = as_call(example)
     results, tokens = convert(
-        whole.graph_module, whole.matches, plan, config, calibration, whole.example, progress, consume=consume
+        whole.graph_module, whole.matches, plan, config, calibration, call, progress, consume=consume, ids=ids
     )
     sparse = SparseModel(whole.graph_module, whole.graph_module.graph)
     sparse.train(model.training)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
-from sparsify.routers import LinearRouter, Router, UnitRouter, make_router
+from sparsify.routers import LinearRouter, Router, UnitRouter, make_router, router_class
 
 if TYPE_CHECKING:
     from sparsify.passes.match_ffn import FFNMatch
@@ -59,6 +59,9 @@ class SparsifyConfig:
             for "split".
         router: a name of the catalogue (`sparsify routers`). None: "mlp" for "split", else "top-k".
         router_options: further arguments of the router's constructor.
+        ids_input: the input of the model whose integers a router reads that goes by ids or labels. None: token ids are
+            those that the largest embedding reads, labels are the input "expert_labels". A keyword input that the model
+            does not have is added to the `SparseModel`: give its example with the others.
         exact_start: divide routing weights by their own value (by their sum for copies), without a gradient through
             the divisor. A router whose weights do not sum to 1 then starts as the dense model, and learns from there.
         granularity: cut every copy into this many shards, each an expert of its own, `num_experts` in all (granular
@@ -95,6 +98,7 @@ class SparsifyConfig:
     num_shared_experts: int | None = None
     router: str | None = None
     router_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    ids_input: str | None = None
     exact_start: bool = False
     allow_non_causal: bool = False
     granularity: int = 1
@@ -142,6 +146,12 @@ class SparsifyConfig:
         return self.router or ("mlp" if self.start == "split" else "top-k")
 
     @property
+    def ids_name(self) -> str | None:
+        """`ids_input` with None resolved for labels."""
+        labelled = "labels" in router_class(self.router_name).system.needs
+        return self.ids_input or ("expert_labels" if labelled else None)
+
+    @property
     def options(self) -> dict[str, Any]:
         """`router_options` as a dict, with what other fields say of the router."""
         own = dict(cast("tuple[tuple[str, Any], ...]", self.router_options))
@@ -184,6 +194,10 @@ class SparsifyConfig:
             raise ValueError(
                 f"router={self.router_name!r} passes no gradient on, so it cannot learn to choose among copies; choose "
                 "another one (`sparsify routers`), or start='split'"
+            )
+        if self.ids_input is not None and not router.reads_ids:
+            raise ValueError(
+                f"ids_input={self.ids_input!r} is for routers that go by ids or labels; {self.router_name!r} reads none"
             )
         if self.granularity > 1 and not isinstance(router, LinearRouter):
             raise ValueError(

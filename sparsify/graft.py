@@ -66,10 +66,14 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
             f"{type(model).__name__} has no module {missing[0]}: give the model that was converted, or one of the same "
             "class and configuration"
         )
-    skipped: dict[str, str] = {}
+    skipped = {name: reason for name in covers if (reason := _reads_ids(sparse, name))}
+    if len(skipped) == len(covers):
+        return GraftReport({}, skipped)
     calls, names = _observe(model, sparse), _all_names(model)
     replacements: dict[str, dict[str, nn.Module]] = {}
     for name, cover in covers.items():
+        if name in skipped:
+            continue
         reason = misfit(cover, calls)
         if reason:
             skipped[name] = reason
@@ -81,6 +85,14 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
     skipped |= _replace_all(model, sparse, replacements)
     done = {name: covers[name].modules for name in replacements if name not in skipped}
     return GraftReport(done, skipped)
+
+
+def _reads_ids(sparse: SparseModel, name: str) -> str | None:
+    """Why the experts cannot run inside a module: it is given tokens alone."""
+    router = sparse.routers[name]
+    if not router.reads_ids:
+        return None
+    return f"its router ({router.system.name}) reads an integer of every token, which the module is not given"
 
 
 def _replace_all(
@@ -192,13 +204,15 @@ def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: s
     Returns:
         A module from `[..., D]` to `[..., D_out]` (features along `x_axis` and `down_axis`), for any leading sizes.
     """
-    flat, y = _ends(sparse.graph, name)
+    read, y = _ends(sparse.graph, name)
+    grouped = sparse.routers[name].reads_groups
     graph = Graph()
     x = graph.placeholder(parameter)
     tokens = x if cover.x_axis == -1 else graph.call_method("movedim", (x, cover.x_axis, -1))
     shape = graph.call_function(getattr, (tokens, "shape"))
-    copied = {flat: graph.call_method("reshape", (tokens, -1, graph.call_function(operator.getitem, (shape, -1))))}
-    for node in _needed(y, flat):
+    size = graph.call_function(operator.getitem, (shape, -1))
+    copied = {read: tokens if grouped else graph.call_method("reshape", (tokens, -1, size))}
+    for node in _needed(y, read):
         copied[node] = graph.node_copy(node, copied.__getitem__)
         if node.op in ("get_attr", "call_module"):
             copied[node].target = str(node.target).removeprefix(f"{name}.")
@@ -215,22 +229,22 @@ def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: s
 
 
 def _ends(graph: Graph, name: str) -> tuple[Node, Node]:
-    """The tokens `[T, D]` that the router reads, and the output `[T, D_out]` before it takes the shape of the input."""
+    """The tokens that the router reads, `[T, D]` or in groups, and the output `[T, D_out]` before it is reshaped."""
     router = next(node for node in graph.nodes if node.op == "call_module" and node.target == f"{name}.router")
-    flat = router.all_input_nodes[0]
+    read = router.all_input_nodes[0]
     down = next(node for node in graph.nodes if node.op == "get_attr" and node.target == f"{name}.experts.down_proj")
     node = next(iter(down.users))
     while node.target is not torch.ops.aten.reshape.default:
         node = next(iter(node.users))
-    return flat, node.all_input_nodes[0]
+    return read, node.all_input_nodes[0]
 
 
-def _needed(y: Node, flat: Node) -> list[Node]:
-    """What `y` is computed with from `flat`, in graph order."""
-    stack, seen = [y], {flat}
+def _needed(y: Node, read: Node) -> list[Node]:
+    """What `y` is computed with from `read`, in graph order."""
+    stack, seen = [y], {read}
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
             stack.extend(node.all_input_nodes)
-    return sorted(seen - {flat})
+    return sorted(seen - {read})

@@ -121,6 +121,13 @@ def conversion_notes(
         f"no fused kernel, so experts run as a chain of ops, more slowly: {reason} ({', '.join(names)})"
         for reason, names in reasons.items()
     ]
+    groups: dict[int, list[str]] = {}
+    for name, result in results.items():
+        if result.group is not None:
+            groups.setdefault(result.group, []).append(name)
+    for size, names in groups.items():
+        group = f"the {size} tokens of each entry of the batch" if size else "all tokens of a call"
+        notes.append(f"at the sizes of the example inputs {group} compete for experts ({', '.join(names)})")
     free = [name for name, result in results.items() if result.gap]
     if free:
         notes.append(

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils.hooks import RemovableHandle
 
-from sparsify.routers import Router
+from sparsify.routers import PolicyRouter, Router
 
 if TYPE_CHECKING:
     from sparsify.graft import GraftReport
@@ -89,6 +89,35 @@ class SparseModel(fx.GraphModule):
         """
         losses = [router.aux_loss() for router in self.routers.values()]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else torch.zeros(())
+
+    def give_reward(self, reward: Tensor) -> None:
+        """Tell routers that learn by reward how well the last call in training mode went, before `aux_loss()`.
+
+        Args:
+            reward: one number, or one for every sequence or token; larger is better. RL-R takes minus the
+                cross-entropy.
+
+        Raises:
+            LookupError: no router of the model learns by reward.
+            RuntimeError: there was no call in training mode since the last reward.
+        """
+        learning = [router for router in self.routers.values() if isinstance(router, PolicyRouter)]
+        if not learning:
+            raise LookupError("no router of this model learns by reward; `sparsify routers` lists which ones need one")
+        for router in learning:
+            router.give_reward(reward)
+
+    def specialise(self, label: int) -> SparseModel:
+        """The model for one label (a task, domain or language): without the label input and all other experts.
+
+        Other weights are shared with this model.
+
+        Raises:
+            ValueError: no router goes by labels, or the label is outside its table.
+        """
+        from sparsify.passes.specialise import specialise
+
+        return specialise(self, label)
 
     def after_step(self, *_: object) -> None:
         """Let every router adapt what no gradient moves: biases that balance the load, schedules.

@@ -10,13 +10,14 @@ from sparsify.passes.split.train_router import expert_norms, train_router
 from sparsify.routers import LinearRouter, Router, make_router
 
 
-def fit_router(experts: Experts, x: Tensor, config: SparsifyConfig) -> Router:
+def fit_router(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | None = None) -> Router:
     """Make the router that `config` names for `experts`.
 
     Args:
         experts: the split.
         x: `[T, D]`, T > 0.
         config: `router`, its options and `top_k`.
+        ids: `[T]`, for a router that reads ids.
 
     Returns:
         A router in evaluation mode.
@@ -29,4 +30,6 @@ def fit_router(experts: Experts, x: Tensor, config: SparsifyConfig) -> Router:
     router = router.to(x.device)
     if isinstance(router, LinearRouter):
         router.fit(x, expert_norms(experts, x))
+    if ids is not None:
+        router.fit_ids(ids)
     return router.eval()

@@ -6,12 +6,14 @@ T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, m neurons of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsify.config import SparsifyConfig
+from sparsify.passes.run_experts import run_experts
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide
@@ -28,10 +30,21 @@ _HELD_OUT = 10  # every tenth token is kept out of every fit
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens `x` `[T, D]` and the output `target` `[T, D_out]` that is wanted for them."""
+    """Tokens `x` `[T, D]`, the output `target` `[T, D_out]` that is wanted for them, and their ids `[T]` if read."""
 
     x: Tensor
     target: Tensor
+    ids: Tensor | None = None
+
+    def take(self, chosen: Tensor) -> Sample:
+        """Some of the tokens: `chosen` is `[T]` bool."""
+        return Sample(self.x[chosen], self.target[chosen], None if self.ids is None else self.ids[chosen])
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Tokens and ids, a manageable number at a time."""
+        parts = list(chunks(self.x))
+        ids = [None] * len(parts) if self.ids is None else list(chunks(self.ids))
+        return zip(parts, ids, strict=True)
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,8 @@ def split_ffn(
     neurons = choose_neurons(profiles, importance(dense, statistics), config.num_experts, config.shared, config.seed)
     mean = statistics.mean[neurons.clamp(min=0)]  # [E, m]
     experts = fold_mean(divide(dense, neurons, config.shared), mean[config.shared :])
-    router = fit_router(experts, fit.x, config)
-    expert_ids = torch.cat([router(part)[1] for part in chunks(fit.x)])
+    router = fit_router(experts, fit.x, config, fit.ids)
+    expert_ids = torch.cat([router(*part)[1] for part in fit.parts()])
     error = relative_error(experts, router, measured)
     result = SplitResult(
         experts=experts,
@@ -92,7 +105,7 @@ def hold_out(sample: Sample) -> tuple[Sample, Sample]:
     held = torch.arange(len(sample.x)) % _HELD_OUT == _HELD_OUT - 1
     if not held.any():
         return sample, sample
-    return Sample(sample.x[~held], sample.target[~held]), Sample(sample.x[held], sample.target[held])
+    return sample.take(~held), sample.take(held)
 
 
 def count_tokens(expert_ids: Tensor, num_experts: int) -> tuple[int, ...]:
@@ -103,8 +116,8 @@ def count_tokens(expert_ids: Tensor, num_experts: int) -> tuple[int, ...]:
 def relative_error(experts: Experts, router: Router, sample: Sample) -> float:
     """`|routed output - target| / |target|`, L2 over all tokens."""
     difference, size = 0.0, 0.0
-    for x, target in zip(chunks(sample.x), chunks(sample.target), strict=True):
-        routing_weights, expert_ids = router(x)
-        difference += float((experts(x, expert_ids, routing_weights) - target).double().square().sum())
+    for (x, ids), target in zip(sample.parts(), chunks(sample.target), strict=True):
+        y, _ = run_experts(experts, router, x, ids)
+        difference += float((y - target).double().square().sum())
         size += float(target.double().square().sum())
     return (difference / size) ** 0.5 if size else difference**0.5

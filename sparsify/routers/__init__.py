@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from sparsify.routers.base import Router, System, UnitRouter, WeightRule
 from sparsify.routers.catalogue import ROUTERS, describe_routers, make_router, router_class
+from sparsify.routers.group_routers import GroupRouter
+from sparsify.routers.id_routers import IdRouter, LabelRouter
 from sparsify.routers.linear_router import LinearRouter
 from sparsify.routers.mlp_router import MLPRouter
+from sparsify.routers.policy_routers import PolicyRouter
 from sparsify.routers.token_choice import TokenChoiceRouter
 from sparsify.routers.top_k_router import TopKRouter
 
 __all__ = [
     "ROUTERS",
+    "GroupRouter",
+    "IdRouter",
+    "LabelRouter",
     "LinearRouter",
     "MLPRouter",
+    "PolicyRouter",
     "Router",
     "System",
     "TokenChoiceRouter",

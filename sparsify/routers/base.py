@@ -50,7 +50,7 @@ class Router(nn.Module, abc.ABC):
     default_num_experts: ClassVar[int] = 4
     default_top_k: ClassVar[int] = 2
     reads_ids: ClassVar[bool] = False  # `forward` wants an integer for every token
-    reads_groups: ClassVar[bool] = False  # tokens of a sequence compete: `forward` is given `[G, S, D]`
+    reads_groups: ClassVar[bool] = False  # tokens of a group compete: `forward` is given `[G, .., D]`
     mixes: ClassVar[bool] = False  # experts run on mixtures of tokens: see `SoftMoERouter.forward`
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
@@ -112,11 +112,14 @@ class Router(nn.Module, abc.ABC):
         """As `route`, for a router that also reads an integer `ids` `[T]` of every token; others ignore it."""
         return self.route(x)
 
+    def fit_ids(self, ids: Tensor) -> None:
+        """Adapt to the ids `[T]` of the calibration data, before the first call; here nothing."""
+
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
         """Route tokens.
 
         Args:
-            x: `[T, D]`; or `[G, S, D]`, G groups of S tokens and T = G S, for a router that reads groups.
+            x: `[T, D]`; or `[G, .., D]`, G groups of T / G tokens, for a router that reads groups.
             ids: `[T]` int64, for a router that reads ids: token ids, or labels.
 
         Returns:

@@ -8,23 +8,56 @@ from typing import Any
 import torch
 
 from sparsify.routers.base import Router
+from sparsify.routers.base_router import BaseRouter
 from sparsify.routers.deepseek_moe_router import DeepSeekMoERouter
 from sparsify.routers.deepseek_v3_router import DeepSeekV3Router
+from sparsify.routers.dselect_k_router import DSelectKRouter
 from sparsify.routers.dts_router import DTSRouter
+from sparsify.routers.expert_choice_router import ExpertChoiceRouter
+from sparsify.routers.fixed_router import FixedRouter
 from sparsify.routers.gshard_router import GShardRouter
+from sparsify.routers.hash_router import HashRouter
+from sparsify.routers.label_routers import DEMixRouter, MMoERouter, TaskMoERouter
 from sparsify.routers.limoe_router import LIMoERouter
 from sparsify.routers.m6_t_router import M6TRouter
+from sparsify.routers.mixture_of_depths_router import MixtureOfDepthsRouter
 from sparsify.routers.mlp_router import MLPRouter
 from sparsify.routers.noisy_top_k_router import NoisyTopKRouter
+from sparsify.routers.peer_router import PeerRouter
+from sparsify.routers.policy_routers import RLRouter, RoutingNetworkRouter
+from sparsify.routers.pr_moe_router import PRMoERouter
+from sparsify.routers.remoe_router import ReMoERouter
+from sparsify.routers.s_base_router import SBaseRouter
+from sparsify.routers.soft_moe_router import SoftMoERouter
 from sparsify.routers.st_moe_router import STMoERouter
 from sparsify.routers.switch_router import SwitchRouter
+from sparsify.routers.thor_router import ThorRouter
 from sparsify.routers.top_k_router import TopKRouter
+from sparsify.routers.top_p_router import TopPRouter
 from sparsify.routers.v_moe_router import VMoERouter
 from sparsify.routers.x_moe_router import XMoERouter
 
 ROUTERS: tuple[type[Router], ...] = (
     MLPRouter,
     TopKRouter,
+    PRMoERouter,
+    BaseRouter,
+    SBaseRouter,
+    RLRouter,
+    RoutingNetworkRouter,
+    ThorRouter,
+    HashRouter,
+    DEMixRouter,
+    TaskMoERouter,
+    MMoERouter,
+    FixedRouter,
+    DSelectKRouter,
+    ReMoERouter,
+    TopPRouter,
+    ExpertChoiceRouter,
+    MixtureOfDepthsRouter,
+    SoftMoERouter,
+    PeerRouter,
     NoisyTopKRouter,
     SwitchRouter,
     GShardRouter,
@@ -84,14 +117,14 @@ def describe_routers() -> list[dict[str, Any]]:
 
 def _describe(router: type[Router]) -> dict[str, Any]:
     system = router.system
-    example = make_router(system.name, 8, 4, router.default_top_k, {}, seed=0)
+    example = make_router(system.name, 8, router.default_num_experts, router.default_top_k, {}, seed=0)
     return {
         "name": system.name,
         "paper": system.paper,
         "mechanism": system.mechanism,
         "causal": example.causal,
         "batch_invariant": example.batch_invariant,
-        "exact_at_init": example.rule != "free",
+        "exact_at_init": example.start_sum is not None,
         "export_form": system.export_form,
         "needs": list(system.needs),
     }

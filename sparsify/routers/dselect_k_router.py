@@ -79,10 +79,10 @@ class DSelectKRouter(Router):
         selected = self._selected(tokens)  # [T, K, E]
         mixture = torch.softmax(_linear(tokens, self.mixture.weight, self.mixture.bias), dim=-1)  # [T, K]
         weights = (mixture.unsqueeze(-1) * selected).sum(1)
-        if self.training:
-            self.losses["entropy"] = -(selected * torch.log(selected + _EPSILON)).sum((1, 2)).mean()
+        if self.training and tokens.shape[0]:
+            self.losses["entropy"] = -(selected * torch.log(selected + _EPSILON)).sum() / tokens.shape[0]
             if self.rule != "sum" or self.weights != "native":
-                self.losses["reach"] = (1 / selected.sum(-1)).sum(-1).mean()
+                self.losses["reach"] = (1 / selected.sum(-1)).sum() / tokens.shape[0]
         return where_used(weights, weights > 0)
 
     def _selected(self, tokens: Tensor) -> Tensor:

@@ -63,6 +63,12 @@ class HashRouter(IdRouter):
         experts = self.table.index_select(0, ids).unsqueeze(-1)
         return torch.ones_like(experts, dtype=x.dtype), experts
 
+    def fit_ids(self, ids: Tensor) -> None:
+        """Balance the table if it is to be."""
+        self.check_ids(ids)
+        if self.balanced:
+            self.balance(torch.bincount(ids, minlength=self.num_ids))
+
     def balance(self, counts: Tensor) -> None:
         """Make the table anew for ids that occur `counts` `[num_ids]` times; ties go to the lower expert."""
         loads = [(0, expert) for expert in range(self.num_experts)]

@@ -35,9 +35,9 @@ class IdRouter(Router):
             return
         low, high = (int(bound) for bound in torch.aminmax(ids))
         if low < 0 or high >= self.num_ids:
+            wrong = low if low < 0 else high
             raise ValueError(
-                f"the router {self.system.name!r} knows the ids 0 to {self.num_ids - 1}, got {low if low < 0 else high}; "
-                f"{self.advice}"
+                f"the router {self.system.name!r} knows the ids 0 to {self.num_ids - 1}, got {wrong}; {self.advice}"
             )
 
     @property

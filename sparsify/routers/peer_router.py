@@ -53,7 +53,7 @@ class PeerRouter(Router):
 
     @property
     def side(self) -> int:
-        """n."""
+        """N."""
         return math.isqrt(self.num_experts)
 
     def check_top_k(self, top_k: int) -> None:
@@ -61,8 +61,10 @@ class PeerRouter(Router):
         super().check_top_k(top_k)
         if self.side**2 != self.num_experts:
             near = (self.side**2, (self.side + 1) ** 2)
-            raise ValueError(f"product keys need a square number of routed experts, such as {near[0]} or {near[1]}, "
-                             f"got {self.num_experts}")
+            raise ValueError(
+                f"product keys need a square number of routed experts, such as {near[0]} or {near[1]}, "
+                f"got {self.num_experts}"
+            )
         if top_k > self.side:
             raise ValueError(f"product keys offer {self.side} keys a half, so top_k must be at most that, got {top_k}")
 

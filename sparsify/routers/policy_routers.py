@@ -74,6 +74,8 @@ class PolicyRouter(Router):
             raise RuntimeError("a reward belongs to a call in training mode: run the model in train() first")
         log_chances, self.log_chances = self.log_chances, None
         reward = reward.detach().to(log_chances).reshape(-1)
+        if not len(log_chances):
+            return
         if not len(reward) or len(log_chances) % len(reward):
             raise ValueError(
                 f"{len(reward)} rewards do not fit {len(log_chances)} tokens; give one number, one for every sequence, "
@@ -108,7 +110,7 @@ class RoutingNetworkRouter(PolicyRouter):
     system = System(
         name="routing-network",
         paper="Routing Networks: Adaptive Selection of Non-linear Functions for Multi-Task Learning (arXiv 1711.01239)",
-        mechanism="one expert or none, drawn from a policy that REINFORCE trains on a reward and on agreement; weight 1",
+        mechanism="one expert, or none, drawn from a policy that REINFORCE trains on reward and agreement",
         export_form="top-k",
         needs=("reward",),
     )

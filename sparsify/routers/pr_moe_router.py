@@ -39,8 +39,10 @@ class PRMoERouter(Router):
         """One of the experts is no choice."""
         super().check_top_k(top_k)
         if top_k < 2:
-            raise ValueError(f"the router 'pr-moe' runs one expert for every token and chooses the rest: top_k must be "
-                             f"at least 2, got {top_k}")
+            raise ValueError(
+                f"the router 'pr-moe' runs one expert for every token and chooses the rest: top_k must be "
+                f"at least 2, got {top_k}"
+            )
 
     @property
     def rule(self) -> WeightRule:

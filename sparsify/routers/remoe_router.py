@@ -14,8 +14,8 @@ from sparsify.routers.base import Router, System, where_used, wide
 class ReMoERouter(Router):
     """Weights `ReLU(x W^T + b)`, W = 0 and b = 1 at the start: every expert runs with weight 1.
 
-    In training the L1 loss of the weights grows or shrinks with `strength`, the paper's lambda: after every call it is
-    multiplied by `growth` where fewer than 1 - K/E of the weights are zero, and divided where more are. Each layer has
+    The L1 loss of the weights has the factor `strength`, the paper's lambda. `after_step` multiplies it by `growth`
+    where fewer than 1 - K/E of the weights of the last call were zero, and divides it where more were. Each layer has
     its own `strength`, in the state dict; the paper has one for the model.
     """
 
@@ -56,6 +56,7 @@ class ReMoERouter(Router):
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.ones(num_experts))
         self.register_buffer("strength", torch.tensor(initial_strength))
+        self.zero_share: Tensor | None = None  # of the last call in training mode
 
     @property
     def num_slots(self) -> int:
@@ -72,14 +73,21 @@ class ReMoERouter(Router):
         tokens = wide(x)
         weights = torch.relu(nn.functional.linear(tokens, wide(self.weight).to(tokens), wide(self.bias).to(tokens)))
         if self.training:
-            self._steer(weights)
+            self._add_loss(weights)
         return where_used(weights, weights > 0)
 
-    def _steer(self, weights: Tensor) -> None:
-        used = (weights > 0).to(weights.dtype)
-        share = self.num_experts / self.top_k * used.mean(0) if self.balanced else torch.ones_like(weights[0])  # [E]
-        self.losses["l1"] = (share * weights).sum(-1).mean()
+    def after_step(self) -> None:
+        """Steer the number of experts of a token towards K."""
+        if self.zero_share is None:
+            return
+        missing = torch.sign(1 - self.top_k / self.num_experts - self.zero_share)
+        self.strength.mul_(self.growth ** missing.to(self.strength.dtype))
+        self.zero_share = None
+
+    def _add_loss(self, weights: Tensor) -> None:
+        tokens = max(weights.shape[0], 1)
+        used = (weights > 0).to(weights.dtype).sum(0) / tokens  # [E]
+        share = self.num_experts / self.top_k * used if self.balanced else torch.ones_like(used)
+        self.losses["l1"] = (share * weights).sum() / tokens
         self.coefficients["l1"] = self.strength.clone()
-        with torch.no_grad():
-            missing = 1 - self.top_k / self.num_experts - (1 - used.mean())
-            self.strength.mul_(self.growth ** torch.sign(missing).to(self.strength.dtype))
+        self.zero_share = (1 - used).detach().mean() if weights.shape[0] else None

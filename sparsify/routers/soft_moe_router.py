@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.routers.base import System, wide
-from sparsify.routers.group_routers import GroupRouter
+from sparsify.routers.group_routers import GroupRouter, as_groups
 
 _EPSILON = 1e-6
 
@@ -54,11 +54,15 @@ class SoftMoERouter(GroupRouter):
         logits = wide(self.scale).to(phi.dtype) * (tokens @ phi)
         return torch.softmax(logits, dim=1), torch.softmax(logits, dim=2)
 
+    def margins(self, x: Tensor) -> Tensor:
+        """One for each slot, whose expert is fixed."""
+        return x.new_full((len(as_groups(x)) * self.num_experts * self.top_k,), torch.inf)
+
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
         """Mix.
 
         Args:
-            x: `[G, S, D]`; `[S, D]` is one group.
+            x: `[G, .., D]`; `[S, D]` is one group.
             ids: not read.
 
         Returns:
@@ -70,7 +74,7 @@ class SoftMoERouter(GroupRouter):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        x = x if x.dim() == 3 else x.unsqueeze(0)
+        x = as_groups(x)
         dispatch_weights, combine_weights = self.mixtures(x)
         slots = (dispatch_weights.transpose(1, 2) @ wide(x)).to(x.dtype).flatten(0, 1)
         routing_weights, expert_ids = self.route_groups(x)
