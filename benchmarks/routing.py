@@ -84,11 +84,15 @@ def main(
     torch.set_num_threads(1)  # seconds a step are those of one core
     names = [DENSE, *(systems.split(",") if systems else [router.system.name for router in ROUTERS])]
     chosen = [task() for name, task in TASKS.items() if name in tasks.split(",")]
-    runs = [(task, name, seed) for task in chosen for name in names for seed in SEEDS]
+    runs = [(task, name, seed) for seed in SEEDS for task in chosen for name in names]
     first, every = (int(number) for number in part.split("/"))
-    for index, (task, name, seed) in enumerate([] if table_only else runs):
-        if index % every == first - 1:
+    failed: list[str] = []
+    for task, name, seed in [] if table_only else runs[first - 1 :: every]:
+        try:
             _run_once(task, name, seed, output)
+        except Exception as error:  # the others go on
+            failed.append(f"{task.name} {name} seed {seed}: {type(error).__name__}: {error}")
+            print(failed[-1], flush=True)
     tables = [_table(task, names, output) for task in chosen]
     machine = describe_machine(read_machine(with_onnxruntime=False))
     text = "\n".join([f"# Systems trained from one dense checkpoint\n\n{machine}, one thread a run\n", *tables])
@@ -96,6 +100,8 @@ def main(
     runs_json = [json.loads(path.read_text()) for path in sorted(output.glob("runs/*.json"))]
     _write(output / "routing.json", json.dumps({"machine": machine, "runs": runs_json}, indent=1))
     print(text)
+    if failed:
+        raise SystemExit("\n".join(["failed:", *failed]))
 
 
 def gpt() -> Task:
