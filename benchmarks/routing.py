@@ -6,10 +6,10 @@
     python benchmarks/routing.py --table-only           the tables of the runs that are there
 
 Two dense models, made here: a GPT of 2 layers on the bytes of Shakespeare's plays and of reference prose (held-out
-loss, in nats), and a ViT of 2 layers on the 8 x 8 digits of scikit-learn (held-out accuracy, in %). Each run converts the
-checkpoint, trains it on `loss + aux_loss()` and measures. Seeds 0, 1, 2 choose the batches and the routers; the spread is
-the largest minus the smallest of the three. Runs are kept in out/routing/, so that one that is broken off is resumed; a
-run with other settings is made anew.
+loss, in nats), and a ViT of 2 layers on the 8 x 8 digits of scikit-learn (held-out accuracy, in %). Each run converts
+the checkpoint, trains it on `loss + aux_loss()` and measures. Seeds 0, 1, 2 choose the batches and the routers; the
+spread is the largest minus the smallest of the three. Runs are kept in out/routing/, so that one that is broken off is
+resumed; a run with other settings is made anew.
 """
 
 from __future__ import annotations
@@ -88,11 +88,9 @@ def main(
     first, every = (int(number) for number in part.split("/"))
     failed: list[str] = []
     for task, name, seed in [] if table_only else runs[first - 1 :: every]:
-        try:
-            _run_once(task, name, seed, output)
-        except Exception as error:  # the others go on
-            failed.append(f"{task.name} {name} seed {seed}: {type(error).__name__}: {error}")
-            print(failed[-1], flush=True)
+        error = _try(task, name, seed, output)
+        if error is not None:
+            failed.append(error)
     tables = [_table(task, names, output) for task in chosen]
     machine = describe_machine(read_machine(with_onnxruntime=False))
     text = "\n".join([f"# Systems trained from one dense checkpoint\n\n{machine}, one thread a run\n", *tables])
@@ -189,6 +187,17 @@ def settings(name: str) -> dict[str, Any]:
     made = make_router(name, 8, experts, router.default_top_k, {}, seed=0)
     given = {"router": name, "start": "upcycle", "num_experts": experts, "top_k": router.default_top_k}
     return {**given, "exact_start": made.start_sum is None}
+
+
+def _try(task: Task, name: str, seed: int, output: Path) -> str | None:
+    """One run; what went wrong in it, as the others go on."""
+    try:
+        _run_once(task, name, seed, output)
+    except Exception as error:
+        message = f"{task.name} {name} seed {seed}: {type(error).__name__}: {error}"
+        print(message, flush=True)
+        return message
+    return None
 
 
 def _run_once(task: Task, name: str, seed: int, output: Path) -> None:

@@ -42,6 +42,7 @@ from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 from sparsify.passes.lower_onnx.metadata import FileLayer, metadata
 from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
+from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
 from sparsify.passes.lower_onnx.values import input_of
@@ -119,6 +120,7 @@ def export_onnx(
     lowering: Literal["auto"] | Lowering = "auto",
     target_tokens: int | Sequence[int] = DEFAULT_TOKENS,
     measure: bool = False,
+    routing_outputs: bool = False,
     opset: int = 20,
     dense: nn.Module | None = None,
     verify: bool = True,
@@ -137,6 +139,8 @@ def export_onnx(
             is exact, layer by layer.
         target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
         measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
+        routing_outputs: give the file two more outputs for every converted FFN, `<ffn>.expert_ids` and
+            `<ffn>.routing_weights`, `[T, K]` each: which experts each token had, -1 for none, and how much they counted.
         opset: the version of the standard operators.
         dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
         verify: run the file and compare it with the model at several shapes.
@@ -167,7 +171,7 @@ def export_onnx(
     path = Path(path)
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
     with _workshop(path) as workshop:
-        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset))
+        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset, routing_outputs))
         _write(model, workshop / path.name)
         if dense is not None and dense_path is not None:
             _export_dense(dense, sparse, workshop / dense_path.name, opset, verify)
@@ -186,12 +190,14 @@ class _Choice:
     tokens: tuple[int, ...]
     measure: bool
     opset: int
+    routing_outputs: bool
 
 
 def _sparse_onnx(sparse: SparseModel, options: _Choice) -> tuple[ir.Model, tuple[LayerExport, ...]]:
     flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
     unfuse_moe(sparse, flat.graph)
     layers = find_layers(sparse, flat.graph)
+    flat = with_routing_outputs(flat, layers) if options.routing_outputs else flat
     emit_placeholders(flat.graph, layers)
     model = trace_onnx(flat, options.opset)
     regions = find_regions(model.graph)

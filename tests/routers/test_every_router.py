@@ -7,7 +7,6 @@ D hidden_size, E experts, T tokens; routers that read groups are given T tokens 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +228,7 @@ def test_saves_and_loads(made: type[Router], pipeline: Pipeline, tmp_path: Path)
 
 @every_router
 def test_trains(made: type[Router], pipeline: Pipeline) -> None:
-    """Protects: `loss + aux_loss()` falls, every router weight gets a finite gradient, and the state resumes exactly."""
+    """Protects: `loss + aux_loss()` falls, router weights get finite gradients, and a saved state resumes exactly."""
     step = Training(pipeline.convert(made).train(), pipeline.labels(made, 2))
     losses = [step() for _ in range(12)]
     assert min(losses[-3:]) < losses[0] - 0.3
