@@ -140,7 +140,8 @@ def export_onnx(
         target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
         measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
         routing_outputs: give the file two more outputs for every converted FFN, `<ffn>.expert_ids` and
-            `<ffn>.routing_weights`, `[T, K]` each: which experts each token had, -1 for none, and how much they counted.
+            `<ffn>.routing_weights`, `[T, K]` each: which experts each token had, -1 for none, and how much they
+            counted.
         opset: the version of the standard operators.
         dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
         verify: run the file and compare it with the model at several shapes.

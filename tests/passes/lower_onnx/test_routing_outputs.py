@@ -35,7 +35,8 @@ def test_equal_those_of_torch(models: dict[str, SparseModel], start: str, loweri
     report = export_onnx(sparse, path, lowering=lowering, routing_outputs=True)
     assert report.parity is not None
     session = onnxruntime.InferenceSession(path)
-    found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"input_ids": ids.numpy()}), strict=True))
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(None, {"input_ids": ids.numpy()}), strict=True))
     routes: dict[str, tuple[Tensor, Tensor]] = {}
     for name, router in sparse.routers.items():
         router.register_forward_hook(lambda _m, _i, route, name=name: routes.update({name: route}))
