@@ -37,11 +37,11 @@ def main(steps: int = 200, folder: Path = Path("out/finetune_loop")) -> SparseMo
     sparse.train()  # noise, capacity and losses of routers
     for step in range(first, steps):
         loss = train_step(sparse, optimizer, data[torch.arange(8) + 8 * step % (len(data) - 8)])
-        print(f"step {step}: loss {loss:.3f}")  # noqa: T201
+        print(f"step {step}: loss {loss:.3f}")
         if step % 50 == 49 or step == steps - 1:
             save(checkpoint, sparse, optimizer, step + 1)
     sparse.eval().save(folder)  # graph and weights: SparseModel.load(folder) needs no code of the model
-    print(sparse.routing_stats([data[:32, :-1]]))  # noqa: T201
+    print(sparse.routing_stats([data[:32, :-1]]))
     return sparse
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments  # noqa: TID253
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from sparsify import SparseModel, sparsify
 from sparsify.models.text import corpus
@@ -49,7 +49,7 @@ def main(steps: int = 200, folder: Path = Path("out/finetune_trainer"), resume: 
     sparse = sparsify(
         dense, kwargs={"input_ids": data[:2]}, start="upcycle", router="gshard", num_experts=8, top_k=2
     )
-    print(sparse.graft(dense))  # noqa: T201
+    print(sparse.graft(dense))
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-3, save_steps=steps,
         report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
