@@ -85,7 +85,7 @@ def test_claim_3_a_batch_touches_as_many_experts_as_chance_says() -> None:
 
 @pytest.mark.parametrize("router", ["top-k", "switch", "deepseek-moe"])
 def test_claim_4_one_expert_is_the_dense_model(dense: GPT, router: str, tmp_path: Path) -> None:
-    """E = 1, any weights of one expert: at most 1e-6 apart, relative to the largest output, in torch and onnxruntime."""
+    """E = 1, any weights of one expert: at most 1e-6 of the largest output apart, in torch and in onnxruntime."""
     sparse = converted(dense, router=router, num_experts=1, top_k=1)
     expected = dense(IDS).detach()
     size = expected.abs().max()
