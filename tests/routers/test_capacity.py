@@ -168,7 +168,7 @@ def test_random_priority_is_uniform() -> None:
 
 def test_token_order_is_causal_at_fixed_capacity() -> None:
     """Protects: filled token by token, no later token changes what an earlier one keeps; in GShard's order some do."""
-    changed = {"token": 0, "choice": 0}
+    changed: dict[Overflow, int] = {"token": 0, "choice": 0}
     for seed in range(50):
         torch.manual_seed(seed)
         scores = torch.rand(16, 4)

@@ -14,7 +14,8 @@ from sparsify.routers.gshard_router import GShardRouter
 
 def make(**options: Any) -> GShardRouter:
     torch.manual_seed(0)
-    router = GShardRouter(6, 5, 2, **{"capacity_factor": None, **options})
+    merged: dict[str, Any] = {"capacity_factor": None, **options}
+    router = GShardRouter(6, 5, 2, **merged)
     router.weight.data *= 30
     return router.double()
 

@@ -24,7 +24,8 @@ def test_training_is_the_published_gate() -> None:
     weights, ids = router(x)
     torch.manual_seed(7)
     noise = torch.randn(31, 5, dtype=torch.float64)
-    rows, load = [], [0.0] * 5
+    rows: list[list[float]] = []
+    load = [0.0] * 5
     for t in range(31):
         clean = [float(row @ x[t]) for row in router.weight.detach()]
         noisy = [clean[e] + noise[t, e].item() / 5 for e in range(5)]
@@ -33,7 +34,8 @@ def test_training_is_the_published_gate() -> None:
         threshold = sorted(noisy, reverse=True)[1]
         for e in range(5):
             load[e] += 1 - 0.5 * (1 + math.erf((threshold - clean[e]) * 5 / math.sqrt(2)))
-    slots, taken = math.ceil(0.75 * 2 * 31 / 5), [0] * 5
+    taken = [0] * 5
+    slots = math.ceil(0.75 * 2 * 31 / 5)
     ranked = [sorted(range(5), key=lambda e: -row[e])[:2] for row in rows]
     expected = [[-1, -1] for _ in range(31)]
     for k in range(2):
@@ -45,7 +47,7 @@ def test_training_is_the_published_gate() -> None:
     for t in range(31):
         gates = [rows[t][e] if e >= 0 else 0.0 for e in expected[t]]
         assert weights[t].tolist() == pytest.approx(gates, rel=1e-10)
-    importance = [sum(row[e] for row in rows) for e in range(5)]
+    importance = [sum((row[e] for row in rows), 0.0) for e in range(5)]
     assert router.losses["importance"].item() == pytest.approx(cv_squared(importance), rel=1e-8)
     assert router.losses["load"].item() == pytest.approx(cv_squared(load), rel=1e-8)
 
