@@ -42,6 +42,7 @@ from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 from sparsify.passes.lower_onnx.metadata import FileLayer, conversions, metadata
 from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
+from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
 from sparsify.passes.lower_onnx.values import input_of
@@ -121,6 +122,7 @@ def export_onnx(
     lowering: Literal["auto"] | Lowering = "auto",
     target_tokens: int | Sequence[int] = DEFAULT_TOKENS,
     measure: bool = False,
+    routing_outputs: bool = False,
     opset: int = 20,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -142,9 +144,16 @@ def export_onnx(
             is exact, layer by layer.
         target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
         measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
+<<<<<<< HEAD
         opset: the version of the standard operators, 18 to the newest that onnxruntime loads.
         input_names: a name for every input tensor, in order.
         output_names: a name for every output tensor, in order.
+=======
+        routing_outputs: give the file two more outputs for every converted FFN, `<ffn>.expert_ids` and
+            `<ffn>.routing_weights`, `[T, K]` each: which experts each token had, -1 for none, and how much they
+            counted.
+        opset: the version of the standard operators.
+>>>>>>> training
         dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
         verify: run the file and compare it with the model at several shapes.
 
@@ -174,7 +183,11 @@ def export_onnx(
     path, names = Path(path), (input_names, output_names)
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
     with _workshop(path) as workshop:
+<<<<<<< HEAD
         model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset), names)
+=======
+        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset, routing_outputs))
+>>>>>>> training
         _write(model, workshop / path.name)
         if dense is not None and dense_path is not None:
             _export_dense(dense, sparse, workshop / dense_path.name, opset, names, verify)
@@ -193,6 +206,7 @@ class _Choice:
     tokens: tuple[int, ...]
     measure: bool
     opset: int
+    routing_outputs: bool
 
 
 def _sparse_onnx(sparse: SparseModel, options: _Choice, names: _Names) -> tuple[ir.Model, tuple[LayerExport, ...]]:
@@ -200,6 +214,7 @@ def _sparse_onnx(sparse: SparseModel, options: _Choice, names: _Names) -> tuple[
     flat = with_names(flat, *names)
     unfuse_moe(sparse, flat.graph)
     layers = find_layers(sparse, flat.graph)
+    flat = with_routing_outputs(flat, layers) if options.routing_outputs else flat
     emit_placeholders(flat.graph, layers)
     model = trace_onnx(flat, options.opset)
     regions = find_regions(model.graph)

@@ -44,8 +44,8 @@ def specialise(sparse: SparseModel, label: int) -> SparseModel:
         new.weights = router.weights
         old = next(router.parameters(), None)
         made.set_submodule(f"{name}.router", new if old is None else new.to(old.device))
-        _keep_experts(made.get_submodule(f"{name}.experts"), kept, router.num_experts)
-        _rewire(made.graph, f"{name}.router", len(kept))
+        keep_experts(made.get_submodule(f"{name}.experts"), kept, router.num_experts)
+        rewire(made.graph, f"{name}.router", len(kept))
     made.graph.eliminate_dead_code()
     unread = {node.name for node in made.graph.find_nodes(op="placeholder") if not node.users}
     unread -= {node.name for node in sparse.graph.find_nodes(op="placeholder") if not node.users}
@@ -54,7 +54,8 @@ def specialise(sparse: SparseModel, label: int) -> SparseModel:
     return made.train(sparse.training)
 
 
-def _keep_experts(experts: nn.Module, kept: list[int], num_experts: int) -> None:
+def keep_experts(experts: nn.Module, kept: list[int], num_experts: int) -> None:
+    """Leave the experts `kept` of `num_experts` in the module that holds their weights."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         routed = name != "bias" and parameter.dim() > 1 and len(parameter) == num_experts
         if routed and kept != list(range(num_experts)):
@@ -62,7 +63,7 @@ def _keep_experts(experts: nn.Module, kept: list[int], num_experts: int) -> None
             setattr(experts, name, nn.Parameter(chosen, requires_grad=parameter.requires_grad))
 
 
-def _rewire(graph: Graph, router: str, num_experts: int) -> None:
+def rewire(graph: Graph, router: str, num_experts: int) -> None:
     """The router reads tokens alone; dispatch counts the experts that are left."""
     for node in graph.find_nodes(op="call_module", target=router):
         node.args = node.args[:1]

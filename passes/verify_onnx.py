@@ -28,6 +28,7 @@ from sparsify.passes.graph_values import op_name
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph, with_names
 from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_target
 from sparsify.passes.lower_onnx.probe import Reference, references
+from sparsify.passes.lower_onnx.routing_outputs import has_routing_outputs, with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import open_session, require_runtime, run_session
 from sparsify.sparse_model import SparseModel
 
@@ -111,6 +112,8 @@ def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     flat = _named_as_in(proto, path, flat)
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
+    if has_routing_outputs([output.name for output in proto.graph.output], layers):
+        flat = with_routing_outputs(flat, layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
     _add_expert_ids(proto, file_layers)
     with _stored(proto) as probe:

@@ -66,11 +66,15 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
             f"{type(model).__name__} has no module {missing[0]}: give the model that was converted, or one of the same "
             "class and configuration"
         )
-    skipped: dict[str, str] = {}
+    skipped = {name: reason for name in covers if (reason := _reads_ids(sparse, name))}
+    if len(skipped) == len(covers):
+        return GraftReport({}, skipped)
     calls, names = _observe(model, sparse), _all_names(model)
     replacements: dict[str, dict[str, nn.Module]] = {}
     for name, cover in covers.items():
-        reason = misfit(cover, calls) or _reads_ids(sparse, name)
+        if name in skipped:
+            continue
+        reason = misfit(cover, calls)
         if reason:
             skipped[name] = reason
             continue

@@ -196,7 +196,67 @@ class RoutingRecorder:
         found = [(name, routes) for name, routes in self._routes.items() if routes]
         return RoutingStats(tuple(self._summarise(name, torch.cat(routes)) for name, routes in found))
 
-    def _count_ids(used: Tensor, ids: Tensor) -> Tensor:
+    def _summarise(self, name: str, expert_ids: Tensor) -> LayerRouting:
+        num_experts, ids, mixed = self._num_experts[name], self._ids[name], self._mixed[name]
+        used = torch.zeros(len(expert_ids), num_experts + 1)  # [T, E + 1], the last for slots that are not used
+        used.scatter_(1, torch.where(expert_ids >= 0, expert_ids, num_experts), 1.0)
+        used = used[:, :-1]
+        known = [part for part in ids if part is not None]
+        return LayerRouting(
+            name=name,
+            tokens=mixed or len(used),
+            tokens_per_expert=tuple(int(load) for load in used.sum(0)),
+            slots=expert_ids.shape[1],
+            unrouted_tokens=0 if mixed else int((used.sum(1) == 0).sum()),
+            together=(used.double().t() @ used.double()).long(),
+            ids_per_expert=_count_ids(used, torch.cat(known)) if len(known) == len(ids) else None,
+        )
+
+
+@contextlib.contextmanager
+def record_routing(sparse: SparseModel) -> Generator[RoutingRecorder]:
+    """Record every route in this context, of calls in training too; `recorder.stats()` adds them up."""
+    routers = sparse.routers
+    recorder = RoutingRecorder({name: router.num_experts for name, router in routers.items()})
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, inputs, route: recorder.add(name, route[1], inputs[0].shape[:-1].numel())
+
+    handles = [router.register_forward_hook(hook(name)) for name, router in routers.items()]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def routing_stats(sparse: SparseModel, batches: Iterable[object]) -> RoutingStats:
+    """Run the model on `batches`, in evaluation mode, and add up where their tokens go.
+
+    Args:
+        sparse: left as it is.
+        batches: `(args, kwargs)`, tuples, dicts or tensors; positions where a keyword `attention_mask` is 0 are left
+            out.
+    """
+    with evaluation_mode(sparse), record_routing(sparse) as recorder:
+        for batch in batches:
+            call = as_call(batch)
+            recorder.start(call)
+            sparse(*call.args, **call.kwargs)
+    return recorder.stats()
+
+
+def _token_ids(call: Call | None, tokens: int) -> Tensor | None:
+    """The first integer input with one number for every token, `[T]`."""
+    for leaf in tensor_leaves((call.args, call.kwargs)) if call else ():
+        if leaf.dtype in (torch.int64, torch.int32) and leaf.numel() == tokens and leaf.numel():
+            ids = leaf.reshape(-1).cpu().long()
+            return ids if int(ids.min()) >= 0 and int(ids.max()) < _MOST_IDS else None
+    return None
+
+
+def _count_ids(used: Tensor, ids: Tensor) -> Tensor:
     """`[T, E]` and `[T]` to `[E, V]`."""
     counts = torch.zeros(int(ids.max()) + 1 if len(ids) else 0, used.shape[1], dtype=torch.float64)
     return counts.index_add_(0, ids, used.double()).long().t()

@@ -191,6 +191,18 @@ class SparseModel(fx.GraphModule):
 
         return scale_expert_gradients(self, factor)
 
+    def prune(self, keep: int, stats: RoutingStats) -> SparseModel:
+        """This model with the `keep` most used routed experts of every FFN alone; see `routing_stats`.
+
+        Tokens whose experts are all kept have the same routes as before. Other weights are shared with this model.
+
+        Raises:
+            ValueError: `keep` does not fit, or an FFN cannot do without some of its experts, as in a split.
+        """
+        from sparsify.passes.prune_experts import prune_experts
+
+        return prune_experts(self, keep, stats)
+
     def to_dense(self) -> fx.GraphModule:
         """A dense model with the inputs and outputs of this one: the routed experts of every FFN become one FFN again.
 

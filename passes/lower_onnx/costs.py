@@ -78,5 +78,5 @@ def _projections(facts: LayerFacts) -> int:
 
 
 def _experts_hit(facts: LayerFacts, tokens: int) -> float:
-    """Expected, if tokens choose independently and evenly."""
-    return facts.num_experts * (1 - (1 - facts.top_k / facts.num_experts) ** tokens)
+    """Expected, if tokens choose independently and evenly; several heads may have more slots than there are experts."""
+    return facts.num_experts * (1 - (1 - min(1.0, facts.top_k / facts.num_experts)) ** tokens)

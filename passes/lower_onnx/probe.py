@@ -5,8 +5,10 @@ T tokens, E num_experts, K top_k.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +16,7 @@ from torch.fx import Node
 
 from sparsify.passes.find_layers import DISPATCH, Layer, router_of
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, free_sizes, resize_inputs, with_outputs
-from sparsify.routers import LinearRouter, TokenChoiceRouter, UnitRouter
+from sparsify.routers import GroupRouter, LinearRouter, TokenChoiceRouter, UnitRouter
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,14 @@ def references(flat: FlatGraph, layers: Sequence[Layer]) -> Iterator[Reference]:
 def _tokens_and_ids(graph: fx.Graph) -> list[Node]:
     """Per layer what the router reads, and the expert ids."""
     found = graph.find_nodes(op="call_function", target=DISPATCH)
-    return [node for dispatch in found for node in dispatch.args[:2]]
+    return [node for dispatch in found for node in (_read_by_router(dispatch), dispatch.args[1])]
+
+
+def _read_by_router(dispatch: Node) -> Any:
+    """What the router reads: the tokens, in groups where it reads groups; those of the dispatch without a router."""
+    ids: Any = dispatch.args[1]
+    source = ids.args[0] if ids.target is operator.getitem else ids
+    return source.args[0] if source.op == "call_module" else dispatch.args[0]
 
 
 def _reference(
@@ -86,6 +95,8 @@ def _pairs(sizes: dict[int, str], names: dict[int, str]) -> list[tuple[str, str]
 
 def _gaps(flat: FlatGraph, layer: Layer, x: Tensor) -> Tensor:
     router = router_of(flat.root, layer.dispatch)
+    if isinstance(router, GroupRouter):
+        return router.margins(x).float()
     if not isinstance(router, LinearRouter | TokenChoiceRouter | UnitRouter) or router.top_k == router.num_experts:
         return x.new_full((x.shape[0],), torch.inf, dtype=torch.float32)
     logits = router.logits(x).float()  # [T, E]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsify.routers.base import Router, System, UnitRouter, WeightRule
 from sparsify.routers.catalogue import ROUTERS, describe_routers, make_router, router_class
+from sparsify.routers.group_routers import GroupRouter
 from sparsify.routers.id_routers import IdRouter, LabelRouter
 from sparsify.routers.linear_router import LinearRouter
 from sparsify.routers.mlp_router import MLPRouter
@@ -13,6 +14,7 @@ from sparsify.routers.top_k_router import TopKRouter
 
 __all__ = [
     "ROUTERS",
+    "GroupRouter",
     "IdRouter",
     "LabelRouter",
     "LinearRouter",

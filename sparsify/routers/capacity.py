@@ -114,12 +114,19 @@ def _order(expert_ids: Tensor, weights: Tensor, scores: Tensor, overflow: Overfl
     """The pairs `t * K + k`, `[T*K]`, first served first."""
     pairs = torch.arange(expert_ids.numel(), device=expert_ids.device).view_as(expert_ids)  # [T, K]
     if overflow == "probability":
-        return torch.sort(weights.reshape(-1), stable=True, descending=True).indices
+        return _falling(weights.reshape(-1))
     if overflow == "random":
         return pairs.index_select(0, torch.randperm(pairs.shape[0], device=pairs.device)).reshape(-1)
     if overflow == "priority":
-        pairs = pairs.index_select(0, torch.sort(scores.amax(-1), stable=True, descending=True).indices)
+        pairs = pairs.index_select(0, _falling(scores.amax(-1)))
     return pairs.t().reshape(-1)
+
+
+def _falling(values: Tensor) -> Tensor:
+    """Places by falling value `[N]`, the earlier one first among equals, as ONNX sorts without being told."""
+    if torch.compiler.is_exporting():  # torch.onnx has no translation for the overload with `stable`
+        return torch.sort(values, descending=True).indices
+    return torch.sort(values, stable=True, descending=True).indices
 
 
 def _places(ids: Tensor, num_experts: int) -> Tensor:

@@ -87,7 +87,7 @@ class DSelectKRouter(Router):
 
     def _selected(self, tokens: Tensor) -> Tensor:
         digits = self.codes.shape[1]
-        z = _linear(tokens, self.weight, self.bias).view(-1, self.top_k, 1, digits) / self.gamma
+        z = _linear(tokens, self.weight, self.bias).view(tokens.shape[0], self.top_k, 1, digits) / self.gamma
         z = z.clamp(-0.5, 0.5)
         step = -2 * z**3 + 1.5 * z + 0.5
         return torch.where(self.codes, step, 1 - step).prod(-1)

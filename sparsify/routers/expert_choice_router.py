@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.routers.base import System, where_used
-from sparsify.routers.group_routers import GroupRouter, largest, linear, small_weight
+from sparsify.routers.group_routers import GroupRouter, as_groups, distance, largest, linear, small_weight
 
 
 class ExpertChoiceRouter(GroupRouter):
@@ -43,10 +43,19 @@ class ExpertChoiceRouter(GroupRouter):
         """E: how many are used differs from token to token."""
         return self.num_experts
 
+    def _capacity(self, x: Tensor) -> int:
+        return (x.shape[1] * self.top_k + self.num_experts - 1) // self.num_experts
+
+    def margins(self, x: Tensor) -> Tensor:
+        """Over all experts."""
+        x = as_groups(x)
+        scores = torch.softmax(linear(x, self.weight), dim=-1)
+        distances = distance(scores.transpose(1, 2).flatten(0, 1), self._capacity(x))  # [G*E, S]
+        return distances.view(x.shape[0], self.num_experts, -1).amin(1).flatten()
+
     def route_groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Slot e is expert e."""
         scores = torch.softmax(linear(x, self.weight), dim=-1)  # [G, S, E]
-        capacity = (x.shape[1] * self.top_k + self.num_experts - 1) // self.num_experts
-        chosen = largest(scores.transpose(1, 2).flatten(0, 1), capacity)  # [G*E, S]
+        chosen = largest(scores.transpose(1, 2).flatten(0, 1), self._capacity(x))  # [G*E, S]
         chosen = chosen.view(x.shape[0], self.num_experts, x.shape[1]).transpose(1, 2)
         return where_used(scores.reshape(-1, self.num_experts), chosen.reshape(-1, self.num_experts))

@@ -40,6 +40,10 @@ class GroupRouter(Router):
     def route_groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` `[G, S, D]` -> routing_weights, expert_ids, `[T, K]` each."""
 
+    def margins(self, x: Tensor) -> Tensor:
+        """`[T]`: how far the scores of a token are from a place that is won or lost, relative; infinite if none is."""
+        return x.new_full((x[..., 0].numel(),), torch.inf)
+
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `route_groups`."""
         return self.route_groups(as_groups(x))
@@ -67,6 +71,15 @@ def largest(scores: Tensor, count: int) -> Tensor:
     """
     places = torch.topk(scores, count, dim=-1).indices
     return torch.zeros_like(scores).scatter(-1, places, 1.0) > 0
+
+
+def distance(scores: Tensor, count: int) -> Tensor:
+    """How far each of `[R, S]` is from changing sides among the `count` largest of its row, relative to the largest."""
+    if count >= scores.shape[1]:
+        return torch.full_like(scores, torch.inf)
+    ranked = torch.topk(scores, count + 1, dim=-1).values
+    last, following = ranked[:, -2:-1], ranked[:, -1:]
+    return torch.where(scores > following, scores - following, last - scores) / scores.abs().amax(-1, keepdim=True)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -63,9 +63,7 @@ class GShardRouter(LinearRouter, TokenChoiceRouter):
         if second not in get_args(Second):
             raise ValueError(f"second must be one of {', '.join(get_args(Second))}, got {second!r}")
         if not 0 < threshold <= 1:
-            raise ValueError(
-                f"threshold is compared with a weight, so above 0 and at most 1, got {threshold}"
-            )
+            raise ValueError(f"threshold is compared with a weight, so above 0 and at most 1, got {threshold}")
         if normalise not in ("before", "after"):
             raise ValueError(f"normalise must be 'before' or 'after', got {normalise!r}")
         self.second: Second = second

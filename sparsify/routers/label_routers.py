@@ -90,8 +90,9 @@ class TaskMoERouter(LabelRouter):
     def route_by_id(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """By falling logit."""
         self.check_ids(ids)
-        logits, experts = torch.topk(wide(self.weight).to(wide(x).dtype), self.top_k, dim=-1)  # [L, K]
-        return torch.softmax(logits, dim=-1).index_select(0, ids), experts.index_select(0, ids)
+        logits = wide(self.weight).to(wide(x).dtype).index_select(0, ids)
+        logits, experts = torch.topk(logits, self.top_k, dim=-1)
+        return torch.softmax(logits, dim=-1), experts
 
     def specialised(self, label: int) -> tuple[Router, list[int]]:
         """Its K experts, and their weights."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.routers.base import System, where_used, wide
-from sparsify.routers.group_routers import GroupRouter, largest, linear, small_weight
+from sparsify.routers.group_routers import GroupRouter, as_groups, distance, largest, linear, small_weight
 
 _PARTS = 2**20  # shares are counted in whole parts: S is a symbol while the model is traced, which cannot be rounded
 
@@ -82,13 +82,24 @@ class MixtureOfDepthsRouter(GroupRouter):
         """The predictor reads one token."""
         return self.predictor
 
+    def margins(self, x: Tensor) -> Tensor:
+        """Of the score, or of the predictor from 0; before it was trained it is 0 everywhere, in any runtime."""
+        x = as_groups(x)
+        if not self.predictor:
+            return distance(linear(x, self.weight).squeeze(-1), self._count(x)).flatten()
+        predicted = self._predicted(x).flatten().abs()
+        return torch.where(predicted > 0, predicted / predicted.amax(), torch.inf) if len(predicted) else predicted
+
+    def _count(self, x: Tensor) -> int:
+        return -(-x.shape[1] * round(self.capacity * _PARTS) // _PARTS)
+
     def route_groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One slot, unused where the token skips the FFN."""
         scores = linear(x, self.weight).squeeze(-1)  # [G, S]
         if self.predictor and not self.training:
             used = self._predicted(x) >= 0
         else:
-            used = largest(scores, -(-x.shape[1] * round(self.capacity * _PARTS) // _PARTS))
+            used = largest(scores, self._count(x))
         if self.predictor and self.training and used.numel():
             self.losses["predictor"] = nn.functional.binary_cross_entropy_with_logits(
                 self._predicted(wide(x).detach()), used.to(scores.dtype)

@@ -24,11 +24,13 @@ class PolicyRouter(Router):
 
     default_top_k = 1
     baseline: Tensor
+    rewarded: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, actions: int) -> None:
         super().__init__(hidden_size, num_experts, top_k)
         self.weight = nn.Parameter(torch.randn(actions, hidden_size) * _INIT_STD)
-        self.register_buffer("baseline", torch.tensor(float("nan")))  # no reward yet
+        self.register_buffer("baseline", torch.tensor(0.0))
+        self.register_buffer("rewarded", torch.tensor(False))
         self.log_chances: Tensor | None = None  # [T] of the last call in training mode
 
     def check_top_k(self, top_k: int) -> None:
@@ -81,12 +83,13 @@ class PolicyRouter(Router):
                 f"{len(reward)} rewards do not fit {len(log_chances)} tokens; give one number, one for every sequence, "
                 "or one for every token"
             )
-        advantage = reward - torch.nan_to_num(self.baseline, nan=0.0).to(reward)
+        advantage = reward - self.baseline.to(reward)
         per_token = advantage.repeat_interleave(len(log_chances) // len(reward))
         self.losses["policy"] = -(log_chances * per_token).mean()
         self.coefficients["policy"] = 1.0
         mean = reward.mean().to(self.baseline.dtype)
-        self.baseline.copy_(torch.where(self.baseline.isnan(), mean, _MEMORY * self.baseline + (1 - _MEMORY) * mean))
+        self.baseline.copy_(torch.where(self.rewarded, _MEMORY * self.baseline + (1 - _MEMORY) * mean, mean))
+        self.rewarded.fill_(True)
 
 
 class RLRouter(PolicyRouter):

@@ -54,6 +54,10 @@ class SoftMoERouter(GroupRouter):
         logits = wide(self.scale).to(phi.dtype) * (tokens @ phi)
         return torch.softmax(logits, dim=1), torch.softmax(logits, dim=2)
 
+    def margins(self, x: Tensor) -> Tensor:
+        """One for each slot, whose expert is fixed."""
+        return x.new_full((len(as_groups(x)) * self.num_experts * self.top_k,), torch.inf)
+
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
         """Mix.
 

@@ -63,11 +63,11 @@ class TokenChoiceRouter(Router):
 
     @property
     def causal(self) -> bool:
-        """Dropless at inference, and in training either dropless too or filled token by token.
+        """Dropless at inference. With a capacity there, more tokens after it make the slots of a token more.
 
-        Other orders let a later token take the slot of an earlier one, and so tell the earlier one of it in training.
+        A capacity of training counts for nothing here; filled token by token, it does not look ahead either.
         """
-        return self.eval_capacity_factor is None and (self.capacity_factor is None or self.overflow == "token")
+        return self.eval_capacity_factor is None
 
     @property
     def batch_invariant(self) -> bool:

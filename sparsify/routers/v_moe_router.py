@@ -17,8 +17,8 @@ from sparsify.routers.token_choice import TokenChoiceRouter
 class VMoERouter(LinearRouter, TokenChoiceRouter):
     """Softmax of logits with noise of standard deviation 1 / E in training; weights are not divided by their sum.
 
-    Slots go to tokens by falling largest probability, so a token's place depends on later ones, and a causal model
-    learns to look ahead: `capacity_factor=None` or `overflow="token"` keeps it causal.
+    Slots go to tokens by falling largest probability, so in training a token may lose its slot to a later one: give
+    `overflow="token"` for a causal model. With an `eval_capacity_factor` this goes for inference too.
     """
 
     system = System(

@@ -28,7 +28,7 @@ def test_descriptions_are_plain() -> None:
 @pytest.mark.parametrize("made", ROUTERS, ids=lambda router: router.system.name)
 def test_options_rebuild_the_router(made: type[Router]) -> None:
     """Protects: saved models load: the options and the state give the same routes."""
-    router = make_router(made.system.name, 8, 4, made.default_top_k, {}, seed=0)
+    router = make_router(made.system.name, 8, made.default_num_experts, made.default_top_k, {}, seed=0)
     again = made(**router.options())
     again.load_state_dict(router.state_dict())
     assert again.options() == router.options()
@@ -38,7 +38,8 @@ def test_options_rebuild_the_router(made: type[Router]) -> None:
 def test_same_seed_same_weights(made: type[Router]) -> None:
     """Protects: determinism, and the caller's random numbers."""
     before = torch.get_rng_state()
-    first, second = (make_router(made.system.name, 8, 4, made.default_top_k, {}, seed=3) for _ in range(2))
+    counts = (made.default_num_experts, made.default_top_k)
+    first, second = (make_router(made.system.name, 8, *counts, {}, seed=3) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
