@@ -21,6 +21,7 @@ from sparsify.passes.split.experts import Experts
 from sparsify.routers import Router
 
 _BATCH = 256
+_BETAS = (0.9, 0.99)  # of Adam: few steps
 _MOST_PASSES = 8  # over the tokens: more would learn them by heart
 _EXPERT_LEARNING_RATE = 2e-3
 _ROUTER_LEARNING_RATE = 3e-3
@@ -51,7 +52,7 @@ def distill_block(
     rates = [_EXPERT_LEARNING_RATE, _ROUTER_LEARNING_RATE]
     parameters = [block.own_parameters(), list(block.router.parameters())]
     optimizer = torch.optim.Adam(
-        [{"params": p, "lr": rate} for p, rate in zip(parameters, rates, strict=True)], fused=True
+        [{"params": p, "lr": rate} for p, rate in zip(parameters, rates, strict=True)], betas=_BETAS, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
     with torch.enable_grad():
