@@ -107,8 +107,11 @@ class _Block(nn.Module):
         chosen = choose(logits.detach(), self.router.top_k)
         runs = functional.pad(chosen.repeat_interleave(self.size, dim=1), (self.num_shared, 0), value=1.0)  # [T, F]
         error = target - torch.addmm(self.bias, hidden * runs, self.down) - chosen @ self.expert_bias
-        gains = self._gains(hidden.detach()[:, self.num_shared :], error.detach(), chosen)
-        return error.square().sum(1) + choice_loss(logits, gains, self.router.top_k)
+        taught = -(-len(x) // 2)  # tokens: gains cost as much as half a forward pass, and routers are small
+        routed = hidden.detach()[:taught, self.num_shared :]
+        gains = self._gains(routed, error.detach()[:taught], chosen[:taught])
+        lesson = choice_loss(logits[:taught], gains, self.router.top_k) * (len(x) / taught)
+        return error.square().sum(1) + functional.pad(lesson, (0, len(x) - taught))
 
     @torch.no_grad()
     def _gains(self, routed: Tensor, error: Tensor, chosen: Tensor) -> Tensor:
