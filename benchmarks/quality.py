@@ -31,7 +31,7 @@ from sparsify import SparseModel, distill, sparsify
 from sparsify.bench import describe_machine, read_machine
 
 _BUDGETS = (0.125, 0.25, 0.5, 0.75)
-_EXPERT_SIZE = 32  # neurons
+_EXPERT_SIZE = 48  # neurons
 _ROUNDS, _TIMED_SECONDS = 30, 4.0
 _TRIAL_STEPS = 5
 _TRAINED_ROWS = 16  # of a batch

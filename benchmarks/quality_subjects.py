@@ -76,7 +76,7 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
     judged = list(sentence_batches(tokenizer, sentences))
 
     def calibration(seed: int) -> list[Batch]:
-        return list(sentence_batches(tokenizer, texts.sentences(1000, seed=seed)))
+        return list(sentence_batches(tokenizer, texts.sentences(1200, seed=seed)))
 
     return Subject(
         name="minilm",
@@ -89,7 +89,7 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
         },
         higher_is_better=True,
         timed={key: value.repeat(4, 4) for key, value in dense.kwargs.items()},  # [8, 64]
-        data=f"calibrated on 1,000 sentences, judged on {len(sentences)} of {_judged(split, eval_text)}",
+        data=f"calibrated on 1,200 sentences, judged on {len(sentences)} of {_judged(split, eval_text)}",
     )
 
 

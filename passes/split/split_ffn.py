@@ -25,7 +25,7 @@ from sparsify.passes.verify import receipt
 from sparsify.routers import Router
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
-_CLOSED_FORM_TOKENS = 12_288  # where training on all of them follows
+_CLOSED_FORM_TOKENS = 16_384  # where training on all of them follows
 _HELD_OUT = 10  # every tenth token is kept out of every fit
 
 
