@@ -12,6 +12,7 @@ against measured latency are made from the file.
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import time
@@ -30,8 +31,10 @@ from sparsify import SparseModel, distill, sparsify
 from sparsify.bench import describe_machine, read_machine
 
 _BUDGETS = (0.125, 0.25, 0.5, 0.75)
-_EXPERT_SIZE = 32  # neurons
+_EXPERT_SIZE = 48  # neurons
 _ROUNDS, _TIMED_SECONDS = 30, 4.0
+_TRIAL_STEPS = 5
+_TRAINED_ROWS = 16  # of a batch
 _MIB = 2**20
 
 
@@ -84,7 +87,7 @@ def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, An
     sparse = _convert(subject, method, key, batches)
     seconds, peak = time.perf_counter() - start, _peak() - before
     if key["minutes"]:
-        distill(sparse, subject.model, batches, steps=10**9, seconds=60 * key["minutes"], seed=key["seed"])
+        _train(sparse, subject, batches, 60 * key["minutes"], key["seed"])
     flops = [sum(getattr(ffn, side) for ffn in sparse.report.ffns) for side in ("flops_before", "flops_after")]
     dense_ms, sparse_ms = _times(subject, sparse)
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters()) / _MIB
@@ -98,6 +101,20 @@ def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, An
         "dense_ms": dense_ms,
         "sparse_ms": sparse_ms,
     }
+
+
+def _train(sparse: SparseModel, subject: Subject, batches: list[Any], seconds: float, seed: int) -> None:
+    """As many steps as fit into the time, by that of the first few, which are made on a copy."""
+    batches = [part for batch in batches for part in _rows(batch)]
+    trial = distill(copy.deepcopy(sparse), subject.model, batches, steps=_TRIAL_STEPS, seed=seed)
+    steps = max(1, int(seconds * _TRIAL_STEPS / trial.seconds))
+    print(distill(sparse, subject.model, batches, steps=steps, seed=seed), flush=True)
+
+
+def _rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Smaller batches: more steps in the same time."""
+    parts = [tensor.split(_TRAINED_ROWS) for tensor in batch.values()]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*parts, strict=True)]
 
 
 def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: list[Any]) -> SparseModel:
@@ -118,7 +135,8 @@ def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: lis
         options["overrides"] = {name: {"top_k": k, "num_shared_experts": shared[name]} for name, k in uneven}
     # Another function in the place of ours: the rest of the pipeline is the same for all.
     with mock.patch("sparsify.passes.convert.split_ffn", method.split):
-        return sparsify(subject.model, (), subject.example, calibration=batches, **options)
+        calibration = batches if method.calibrates else None
+        return sparsify(subject.model, (), subject.example, calibration=calibration, **options)
 
 
 def _times(subject: Subject, sparse: SparseModel) -> tuple[float, float]:

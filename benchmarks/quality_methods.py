@@ -53,6 +53,7 @@ class Method:
         options: fields of `SparsifyConfig` that differ.
         uneven: K of each layer, from the importance of its E parts and the mean K.
         allocates: `budget=` chooses K and the shared experts of each layer.
+        calibrates: it sees calibration data.
         bound: it needs what no deployed model has.
     """
 
@@ -63,6 +64,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=lambda: {})
     uneven: Callable[[dict[str, Tensor], int], dict[str, int]] | None = None
     allocates: bool = False
+    calibrates: bool = True
     bound: bool = False
 
     def share(self, size: Size, experts: int, top_k: int) -> float:
@@ -301,6 +303,7 @@ METHODS: dict[str, Method] = {
         "ours, K of each layer and pruning by measured error", split_ffn, _mlp, few_shared, allocates=True
     ),
     "ours, closed form": Method("the same without training", split_ffn, _mlp, few_shared, {"distill_steps": 0}),
+    "ours, weights only": Method("no calibration data", split_ffn, _mlp, few_shared, calibrates=False),
     "static": Method("static pruning by output variance, folded means, our refit", split_ffn, _none, _all_shared),
     "FLAP-like": Method(
         says="static pruning, one threshold for all layers, folded means",

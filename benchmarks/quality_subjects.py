@@ -76,7 +76,7 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
     judged = list(sentence_batches(tokenizer, sentences))
 
     def calibration(seed: int) -> list[Batch]:
-        return list(sentence_batches(tokenizer, texts.sentences(2000, seed=seed)))
+        return list(sentence_batches(tokenizer, texts.sentences(1200, seed=seed)))
 
     return Subject(
         name="minilm",
@@ -89,7 +89,7 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
         },
         higher_is_better=True,
         timed={key: value.repeat(4, 4) for key, value in dense.kwargs.items()},  # [8, 64]
-        data=f"calibrated on 2,000 sentences, judged on {len(sentences)} of {_judged(split, eval_text)}",
+        data=f"calibrated on 1,200 sentences, judged on {len(sentences)} of {_judged(split, eval_text)}",
     )
 
 
@@ -100,7 +100,7 @@ def _smollm2(split: Split, eval_text: Path | None) -> Subject:
     judged = _token_batches(tokenizer, text, 16)
 
     def calibration(seed: int) -> list[Batch]:
-        return _token_batches(tokenizer, "\n\n".join(texts.passages(128, characters=1500, seed=seed)), 128)
+        return _token_batches(tokenizer, "\n\n".join(texts.passages(64, characters=1500, seed=seed)), 64)
 
     return Subject(
         name="smollm2",
@@ -113,7 +113,7 @@ def _smollm2(split: Split, eval_text: Path | None) -> Subject:
         },
         higher_is_better=False,
         timed={"input_ids": judged[0]["input_ids"][:2]},  # [2, 256]
-        data=f"calibrated on 128 chunks of 256 tokens, judged on {len(judged) * 4} of {_judged(split, eval_text)}",
+        data=f"calibrated on 64 chunks of 256 tokens, judged on {len(judged) * 4} of {_judged(split, eval_text)}",
     )
 
 

@@ -114,7 +114,7 @@ class SparsifyConfig:
     target_tokens: tuple[int, ...] | list[int] | int = ()
     router_hidden_size: int = 64
     refit: bool = True
-    distill_steps: int = 200
+    distill_steps: int = 300
     ridge: float = 1e-3
     max_calibration_tokens: int = 65_536
     seed: int = 0

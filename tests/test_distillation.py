@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,10 @@ def batches() -> list[Tensor]:
 @pytest.fixture(scope="module")
 def folder(dense: nn.Module, batches: list[Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The conversion, saved: every test loads a fresh one, so values are found by name in a loaded model too."""
-    options = {"num_experts": 4, "top_k": 2, "num_shared_experts": 0, "select": "all", "refit": False}
+    options: dict[str, Any] = {"num_experts": 4, "top_k": 2, "num_shared_experts": 0, "select": "all", "refit": False}
     folder = tmp_path_factory.mktemp("converted")
     sparsify(dense, batches[0][:2, :5], calibration=batches, **options).save(folder)
     return folder
-
 
 
 def changed(sparse: SparseModel, before: dict[str, Tensor]) -> list[str]:

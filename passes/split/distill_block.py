@@ -21,6 +21,7 @@ from sparsify.passes.split.experts import Experts
 from sparsify.routers import UnitRouter
 
 _BATCH = 256
+_BETAS = (0.9, 0.99)  # of Adam: few steps
 _MOST_PASSES = 8  # over the tokens: more would learn them by heart
 _EXPERT_LEARNING_RATE = 2e-3
 _ROUTER_LEARNING_RATE = 3e-3
@@ -51,7 +52,7 @@ def distill_block(
     rates = [_EXPERT_LEARNING_RATE, _ROUTER_LEARNING_RATE]
     parameters = [block.own_parameters(), list(block.router.parameters())]
     optimizer = torch.optim.Adam(
-        [{"params": p, "lr": rate} for p, rate in zip(parameters, rates, strict=True)], fused=True
+        [{"params": p, "lr": rate} for p, rate in zip(parameters, rates, strict=True)], betas=_BETAS, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
     with torch.enable_grad():
@@ -106,8 +107,11 @@ class _Block(nn.Module):
         chosen = choose(logits.detach(), self.router.top_k)
         runs = functional.pad(chosen.repeat_interleave(self.size, dim=1), (self.num_shared, 0), value=1.0)  # [T, F]
         error = target - torch.addmm(self.bias, hidden * runs, self.down) - chosen @ self.expert_bias
-        gains = self._gains(hidden.detach()[:, self.num_shared :], error.detach(), chosen)
-        return error.square().sum(1) + choice_loss(logits, gains, self.router.top_k)
+        taught = -(-len(x) // 2)  # tokens: gains cost as much as half a forward pass, and routers are small
+        routed = hidden.detach()[:taught, self.num_shared :]
+        gains = self._gains(routed, error.detach()[:taught], chosen[:taught])
+        lesson = choice_loss(logits[:taught], gains, self.router.top_k) * (len(x) / taught)
+        return error.square().sum(1) + functional.pad(lesson, (0, len(x) - taught))
 
     @torch.no_grad()
     def _gains(self, routed: Tensor, error: Tensor, chosen: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_a_budget_is_kept_and_goes_where_it_matters() -> None:
         quiet = next(p for name, p in model.named_parameters() if name.startswith("layers.0.ffn") and p.dim() == 2)
         quiet *= 1e-3
     ids = [torch.randint(0, 256, (8, 32)) for _ in range(4)]
-    options = {"num_experts": 8, "select": "all", "router_hidden_size": 4, "distill_steps": 0}
+    options: dict[str, Any] = {"num_experts": 8, "select": "all", "router_hidden_size": 4, "distill_steps": 0}
     sparse = sparsify(model, ids[0][:2], calibration=ids, budget=0.5, **options)
     first, second = sparse.report.ffns
     assert first.flops_after + second.flops_after <= 0.5 * (first.flops_before + second.flops_before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def test_a_pruned_model_runs_saves_and_grafts(tmp_path: Path) -> None:
     model = Bert(BertConfig()).eval()
     ids = torch.randint(0, 256, (4, 16))
     overrides = {"layers.0.ffn": {"num_shared_experts": 2}}
-    options = {"num_experts": 4, "top_k": 2, "select": "all", "overrides": overrides}
+    options: dict[str, Any] = {"num_experts": 4, "top_k": 2, "select": "all", "overrides": overrides}
     sparse = sparsify(model, ids[:2], calibration=[ids], **options)
     assert list(sparse.routers) == ["layers.1.ffn"]
     pruned, routed = sparse.report.converted
