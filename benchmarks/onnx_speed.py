@@ -44,17 +44,18 @@ _TOKENS = (1, 4, 16, 64, 128, 512, 2048)
 _EXACT: tuple[Lowering, ...] = ("expert_chain", "sorted_split", "dense_masked")
 _ROUTER = 64  # hidden size, the default of the config
 _PEAK_TOKENS = 512
-# Prints the memory that a process took for one file, in bytes: arguments file, then name, shape and type of an input.
+# Prints the bytes that a process took for one file, beside onnxruntime. getrusage would tell those of its parent.
 _PEAK = """
-import json, resource, sys
+import json, re, sys
 import numpy as np, onnxruntime
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+before = peak()
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 shapes = json.loads(sys.argv[2])
 session.run(None, {name: np.ones(shape, dtype) for name, (shape, dtype) in shapes.items()})
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
-Feeds = Callable[[Sequence[int]], dict[str, np.ndarray]]
 
 
 class Layer(NamedTuple):
@@ -216,7 +217,8 @@ def _measure(case: Case, files: Mapping[str, Path], rounds: int, seconds: float)
         "ms": times,
         "load_ms": {name: load * 1e3 for name, load in loads.items()},
         "bytes": {name: file.stat().st_size for name, file in files.items()},
-        "peak_bytes": {name: _peak(file, case) for name, file in files.items()},
+        # /proc exists on Linux alone.
+        "peak_bytes": {name: _peak(file, case) for name, file in files.items() if sys.platform == "linux"},
     }
 
 

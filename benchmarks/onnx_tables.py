@@ -101,6 +101,8 @@ def _footer(result: Result) -> str:
     parts: list[str] = []
     for title, key in (("load time", "load_ms"), ("file size", "bytes"), ("peak memory", "peak_bytes")):
         values = result[key]
+        if not values:
+            continue
         dense = values["dense"]
         absolute = f"{dense:.0f} ms" if key == "load_ms" else f"{dense / 1e6:.1f} MB"
         ratios = ", ".join(f"{name} {value / dense:.2f}" for name, value in values.items() if name != "dense")

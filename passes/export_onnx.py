@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -40,13 +41,25 @@ from sparsify.passes.lower_onnx.flat_graph import flatten_graph, with_names
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
 from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
-from sparsify.passes.lower_onnx.metadata import FileLayer, conversions, metadata
+from sparsify.passes.lower_onnx.metadata import QUANTIZED, FileLayer, conversions, metadata
 from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
+<<<<<<< HEAD
 from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
+=======
+from sparsify.passes.lower_onnx.quantize_experts import BITS, BLOCK_OPSET, Quantized
+from sparsify.passes.lower_onnx.quantize_experts import quantize_experts as quantize_experts_of
+>>>>>>> onnx
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
 from sparsify.passes.lower_onnx.values import input_of
-from sparsify.passes.verify_onnx import OnnxParity, compare_file, refuse_random, verify_onnx
+from sparsify.passes.verify_onnx import (
+    OnnxParity,
+    QuantizationError,
+    compare_file,
+    quantization_error,
+    refuse_random,
+    verify_onnx,
+)
 from sparsify.sparse_model import SparseModel
 
 _Names = tuple["Sequence[str] | None", "Sequence[str] | None"]  # of inputs and outputs
@@ -70,6 +83,28 @@ class LayerExport:
 
 
 @dataclass(frozen=True)
+class QuantizedExperts:
+    """What the rounding of the expert weights costs.
+
+    Attributes:
+        kind: "int8" or "int4".
+        weight_error: the largest relative error of a weight (Frobenius norm).
+        error: of outputs and routing against PyTorch; None with `verify=False`.
+    """
+
+    kind: Quantized
+    weight_error: float
+    error: QuantizationError | None
+
+    def __str__(self) -> str:
+        text = f"experts in {self.kind}: weights off by {self.weight_error:.1e}"
+        if self.error is None:
+            return text
+        same = f"the same experts in {self.error.same_experts:.1%} of decisions"
+        return f"{text}, outputs by {self.error.output_error:.1e} (relative L2), {same}"
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What `export_onnx` wrote.
 
@@ -79,9 +114,10 @@ class ExportReport:
         target_tokens: the token counts that the lowerings were chosen for.
         opset: the version of its standard operators.
         layers: the converted layers, in the order of the graph.
-        parity: the comparison with PyTorch; None with `verify=False`.
+        parity: the comparison with PyTorch, before experts were quantised; None with `verify=False`.
         file_bytes: the size of the file and its external data.
         dense_path: the dense model beside it, if one was given.
+        quantized: the error of quantised experts; None where they have the dtype of the model.
     """
 
     path: Path
@@ -92,6 +128,7 @@ class ExportReport:
     parity: OnnxParity | None
     file_bytes: int
     dense_path: Path | None
+    quantized: QuantizedExperts | None = None
 
     @property
     def load_seconds(self) -> float | None:
@@ -109,6 +146,8 @@ class ExportReport:
         lines = [f"{self.path}: {size}, for {self.target} at {tokens} tokens a call"]
         lines += [f"  {layer}" for layer in self.layers]
         lines.append(f"  {self.parity or 'not checked in onnxruntime'}")
+        if self.quantized:
+            lines.append(f"  {self.quantized}")
         if self.dense_path:
             lines.append(f"  dense model: {self.dense_path}")
         return "\n".join(lines)
@@ -126,6 +165,7 @@ def export_onnx(
     opset: int = 20,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    quantize_experts: Quantized | None = None,
     dense: nn.Module | None = None,
     verify: bool = True,
 ) -> ExportReport:
@@ -148,12 +188,17 @@ def export_onnx(
         opset: the version of the standard operators, 18 to the newest that onnxruntime loads.
         input_names: a name for every input tensor, in order.
         output_names: a name for every output tensor, in order.
+<<<<<<< HEAD
 =======
         routing_outputs: give the file two more outputs for every converted FFN, `<ffn>.expert_ids` and
             `<ffn>.routing_weights`, `[T, K]` each: which experts each token had, -1 for none, and how much they
             counted.
         opset: the version of the standard operators.
 >>>>>>> training
+=======
+        quantize_experts: "int8" or "int4" stores the weights of the experts so, with a scale for 32 features; the
+            report says what it costs. onnxruntime runs them by `com.microsoft::MatMulNBits`; "portable" needs opset 21.
+>>>>>>> onnx
         dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
         verify: run the file and compare it with the model at several shapes.
 
@@ -170,6 +215,7 @@ def export_onnx(
     """
     tokens = (target_tokens,) if isinstance(target_tokens, int) else tuple(target_tokens)
     check_options(target, lowering, tokens)
+    _check_quantized(quantize_experts, target, lowering, opset)
     if isinstance(sparse, PartialSparseModel):
         raise ExportError(
             f"{type(sparse.original).__name__} was not traced as a whole (see the notes of the report), and an ONNX "
@@ -184,17 +230,55 @@ def export_onnx(
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
     with _workshop(path) as workshop:
 <<<<<<< HEAD
+<<<<<<< HEAD
         model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset), names)
 =======
         model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset, routing_outputs))
 >>>>>>> training
+=======
+        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset, quantize_experts), names)
+>>>>>>> onnx
         _write(model, workshop / path.name)
         if dense is not None and dense_path is not None:
             _export_dense(dense, sparse, workshop / dense_path.name, opset, names, verify)
         parity = verify_onnx(sparse, workshop / path.name) if verify else None
+        quantized = None
+        if quantize_experts is not None:
+            quantized = _quantize(model, sparse, workshop / path.name, quantize_experts, target, layers, verify)
         file_bytes = sum(file.stat().st_size for file in workshop.glob(f"{path.name}*"))
         _move_all(workshop, path.parent)
-    return ExportReport(path, target, tokens, opset, layers, parity, file_bytes, dense_path)
+    return ExportReport(path, target, tokens, opset, layers, parity, file_bytes, dense_path, quantized)
+
+
+def _check_quantized(kind: str | None, target: str, lowering: str, opset: int) -> None:
+    if kind is None:
+        return
+    if kind not in BITS:
+        raise ValueError(f"quantize_experts must be one of {', '.join(BITS)} or None, got {kind!r}")
+    if target == "portable" and opset < BLOCK_OPSET:
+        raise ValueError(
+            f"quantised experts need opset {BLOCK_OPSET} or later for the target portable, got opset={opset}"
+        )
+    if lowering == "moe_op":
+        raise ValueError('com.microsoft::MoE takes no quantised weights; use lowering="auto" with quantize_experts')
+
+
+def _quantize(
+    model: ir.Model,
+    sparse: SparseModel,
+    path: Path,
+    kind: Quantized,
+    target: Target,
+    layers: Sequence[LayerExport],
+    verify: bool,
+) -> QuantizedExperts:
+    """Write the file once more, with quantised experts; the one before it was exact, which shows that the rest is."""
+    weight_error = quantize_experts_of(model, kind, target, [layer.name for layer in layers])
+    model.metadata_props[QUANTIZED] = kind
+    for old in path.parent.glob(f"{path.name}*"):
+        old.unlink()
+    _write(model, path)
+    return QuantizedExperts(kind, weight_error, quantization_error(sparse, path) if verify else None)
 
 
 @dataclass(frozen=True)
@@ -206,7 +290,11 @@ class _Choice:
     tokens: tuple[int, ...]
     measure: bool
     opset: int
+<<<<<<< HEAD
     routing_outputs: bool
+=======
+    quantized: Quantized | None
+>>>>>>> onnx
 
 
 def _sparse_onnx(sparse: SparseModel, options: _Choice, names: _Names) -> tuple[ir.Model, tuple[LayerExport, ...]]:
@@ -252,6 +340,8 @@ def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport
             )
         return LayerExport(layer.name, options.lowering, "as asked")
     refused = refusals(facts, options.target, runtime)
+    if options.quantized:
+        refused["moe_op"] = "it takes no quantised weights"
 
     def measure(lowerings: Sequence[Lowering]) -> Sequence[Sequence[float] | None]:
         return measure_lowerings(region, options.opset, lowerings, options.tokens)
@@ -301,10 +391,29 @@ def _write(model: ir.Model, path: Path) -> None:
 
 
 def _move_all(workshop: Path, folder: Path) -> None:
-    """Put the finished files in place; each replaces the old one at once, data before the model that refers to it."""
-    for file in sorted(workshop.iterdir(), key=lambda file: file.suffix != ".data"):
-        with _writing(folder / file.name):
-            os.replace(file, folder / file.name)
+    """Put the finished files in place, data before the model that refers to it; all of them, or none."""
+    kept = workshop / "kept"
+    files = sorted(workshop.iterdir(), key=lambda file: file.suffix != ".data")
+    with _writing(folder / files[-1].name):
+        kept.mkdir()
+        for file in files:
+            if (folder / file.name).exists():
+                _keep(folder / file.name, kept / file.name)
+        try:
+            for file in files:
+                os.replace(file, folder / file.name)
+        except BaseException:
+            for old in kept.iterdir():
+                os.replace(old, folder / old.name)
+            raise
+
+
+def _keep(file: Path, place: Path) -> None:
+    """A second name for the content of a file; a copy where the disk knows no such names."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 @contextmanager

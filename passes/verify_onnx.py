@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from sparsify.passes.find_layers import Layer, find_layers
 from sparsify.passes.fuse_moe import unfuse_moe
 from sparsify.passes.graph_values import op_name
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph, with_names
-from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_target
+from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_quantized, read_target
 from sparsify.passes.lower_onnx.probe import Reference, references
 from sparsify.passes.lower_onnx.routing_outputs import has_routing_outputs, with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import open_session, require_runtime, run_session
@@ -104,11 +106,70 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
     return compare_file(flat, Path(path))
 
 
+@dataclass(frozen=True)
+class QuantizationError:
+    """How far a file with quantised experts is from the PyTorch model.
+
+    Attributes:
+        output_error: the largest over outputs and shapes of |difference| / |reference| (L2 norms).
+        same_experts: the share of routing decisions, over layers and shapes, in which all experts are the same.
+    """
+
+    output_error: float
+    same_experts: float
+
+
+def quantization_error(sparse: SparseModel, path: Path) -> QuantizationError:
+    """Run a file with quantised experts at up to four shapes.
+
+    Raises:
+        VerificationError: an output is not finite where that of the model is.
+        ExportError: onnxruntime cannot load or run the file.
+    """
+    flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
+    unfuse_moe(sparse, flat.graph)
+    proto = _load(path)
+    flat, layers, file_layers = _named_as_in(proto, path, flat), find_layers(flat.root, flat.graph), read_layers(proto)
+    cuda = read_target(proto) == "ort-cuda" and torch.cuda.is_available()
+    _add_expert_ids(proto, file_layers)
+    ids = [layer.expert_ids for layer in file_layers]
+    error, same, decisions = 0.0, 0, 0
+    with _stored(proto) as probe:
+        session, _ = open_session(probe, path.parent, cuda)
+        for reference in itertools.islice(references(flat, layers), _OTHER_SHAPES + 1):
+            found = run_session(session, [*ids, *flat.output_names], reference.inputs)
+            for ours, theirs in zip(reference.expert_ids, found, strict=False):
+                equal = (ours.cpu().sort(-1).values == theirs.sort(-1).values).all(-1)  # [T]
+                same, decisions = same + int(equal.sum()), decisions + len(equal)
+            errors = map(_l2_error, reference.outputs, found[len(ids) :])
+            error = max(error, *errors)
+        del session
+    if not math.isfinite(error):
+        raise VerificationError(f"outputs of {path} are not finite with quantised experts; export it without")
+    return QuantizationError(error, same / max(decisions, 1))
+
+
+def _l2_error(ours: Tensor, theirs: Tensor) -> float:
+    """Infinite where values that are not finite stand at different places."""
+    ours, finite = ours.cpu().double(), ours.cpu().isfinite()
+    if not torch.equal(finite, theirs.isfinite()):
+        return torch.inf
+    norm = ours[finite].norm().item()
+    return (ours - theirs.double())[finite].norm().item() / (norm or 1.0)
+
+
 def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     """`verify_onnx` for a model that is flat already, and which may have no experts at all."""
     require_runtime()
     refuse_random(flat.graph)
     proto = _load(path)
+    kind = read_quantized(proto)
+    if kind:
+        raise VerificationError(
+            f"the experts of {path} are {kind}, so its outputs differ from the model's by their rounding, and later "
+            "routers may choose other experts; the report of its export says how much. Export it without "
+            "quantize_experts to compare"
+        )
     flat = _named_as_in(proto, path, flat)
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)

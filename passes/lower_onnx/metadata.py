@@ -17,7 +17,7 @@ from sparsify.passes.find_layers import Layer
 from sparsify.report import Report
 
 _VERSION, _TARGET, _LAYERS = "sparsify.version", "sparsify.target", "sparsify.layers"
-_VERSIONS, _CONVERSION = "sparsify.versions", "sparsify.conversion"
+_VERSIONS, _CONVERSION, QUANTIZED = "sparsify.versions", "sparsify.conversion", "sparsify.quantized"
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -80,6 +80,11 @@ def metadata(target: str, layers: Sequence[FileLayer], converted: Sequence[Conve
 def read_target(model: onnx.ModelProto) -> str:
     """The target that the file was written for, "" in a file that is not ours."""
     return _entry(model, _TARGET)
+
+
+def read_quantized(model: onnx.ModelProto) -> str:
+    """The kind of its quantised expert weights, "" where they have the dtype of the model."""
+    return _entry(model, QUANTIZED)
 
 
 def read_layers(model: onnx.ModelProto) -> list[FileLayer]:

@@ -42,10 +42,14 @@ def name_nodes(graph: ir.Graph) -> None:
         node.name = f"{name}_{count}" if count else name
 
 
-def _path(node: ir.Node) -> str:
+def node_path(scope: str) -> str:
     """`encoder.layer.3.ffn` -> `/encoder/layer.3/ffn`."""
+    return re.sub(r"(?:^|\.)(?=[^.\d])", "/", scope) if scope else ""
+
+
+def _path(node: ir.Node) -> str:
     scope = node.metadata_props.get(SCOPE)
     if scope is None:
         scopes = ast.literal_eval(node.metadata_props.get(_MODULES, "['', '']"))  # modules from the root, then the op
         scope = str(scopes[-2]) if len(scopes) > 1 else ""
-    return re.sub(r"(?:^|\.)(?=[^.\d])", "/", scope) if scope else ""
+    return node_path(scope)

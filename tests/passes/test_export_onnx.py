@@ -228,6 +228,64 @@ def test_a_full_disk(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_that_cannot_be_written(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as above for those who run tests as root."""
+
+    def refuse(**options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(stage, "trace_onnx", _never)
+    monkeypatch.setattr(stage.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(OutputError, match=r"Permission denied\. Choose a folder"):
+        export_onnx(sparse_layer(), tmp_path / "model.onnx")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file sizes")
+@pytest.mark.parametrize("largest", [1000, 2**31])
+def test_a_disk_that_ends_in_a_file(
+    sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    """Protects: writes that really fail half-way, inside the file and outside, keep the old file and leave nothing."""
+    import resource
+
+    sparse, path = sparse_layer(hidden=64, size=64), tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(stage, "_LARGEST_FILE", largest)
+    save, before = stage.ir.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args: Any, **options: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            save(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(stage.ir, "save", limited)
+    with pytest.raises(OutputError, match=r"cannot write .*model.onnx: File too large"):
+        export_onnx(sparse, path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_an_interrupt_between_two_files(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: new data never stays with an old model; the old pair goes on working."""
+    monkeypatch.setattr(stage, "_LARGEST_FILE", 1000)
+    path, old = tmp_path / "model.onnx", sparse_layer(hidden=32)
+    export_onnx(old, path)
+    replace = os.replace
+
+    def interrupt(source: Path, place: Path) -> None:
+        if place == path and source.parent.name != "kept":
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    monkeypatch.setattr(stage.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(sparse_layer(hidden=32), path)
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
+    assert stage.verify_onnx(old, path).max_relative_error <= 1e-5
+
+
 def test_large_weights_go_outside(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model file ends at 2 GB; the data file must be found from where both end up, and while it is checked."""
     monkeypatch.setattr(stage, "_LARGEST_FILE", 1000)
@@ -239,7 +297,7 @@ def test_large_weights_go_outside(sparse_layer: Make, tmp_path: Path, monkeypatc
     assert stage.verify_onnx(sparse, path).max_relative_error <= 1e-5
 
 
-@pytest.mark.parametrize("tampering", ["escape", "missing", "truncated"])
+@pytest.mark.parametrize("tampering", ["escape", "absolute", "missing", "truncated"])
 def test_refuses_external_data_that_was_tampered_with(
     sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tampering: str
 ) -> None:
@@ -249,12 +307,13 @@ def test_refuses_external_data_that_was_tampered_with(
     sparse = sparse_layer(hidden=32)
     report = export_onnx(sparse, folder / "model.onnx", lowering="expert_chain")
     data = folder / "model.onnx.data"
-    if tampering == "escape":
+    if tampering in ("escape", "absolute"):
         data.rename(tmp_path / "secret")
+        place = "../secret" if tampering == "escape" else str(tmp_path / "secret")
         model = onnx.load(str(report.path), load_external_data=False)
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
-                entry.value = "../secret" if entry.key == "location" else entry.value
+                entry.value = place if entry.key == "location" else entry.value
         report.path.write_bytes(model.SerializeToString())
     elif tampering == "missing":
         data.unlink()

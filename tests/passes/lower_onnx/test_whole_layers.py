@@ -5,6 +5,8 @@ T tokens, K slots, E experts, D and N features, M neurons of an expert.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -13,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from sparsify.passes.export_onnx import export_onnx
 from sparsify.passes.lower_onnx.expert_region import find_regions
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
 from sparsify.passes.lower_onnx.lowerings import Lowering
@@ -185,6 +188,39 @@ def test_skips_what_was_not_chosen() -> None:
     names = [str(value.name) for value in hidden]
     rows = session.run(names, {name: arrays[name] for name in ("x", "ids", "weights")})
     assert [len(np.asarray(part)) for part in rows] == [int((arrays["ids"] == e).sum()) for e in range(E)]
+
+
+def _executed(path: Path, tokens: int, folder: Path) -> int:
+    """Multiplications in the experts of one call, by the shapes in the profile of onnxruntime."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session.run(None, {"x": np.random.default_rng(0).standard_normal((1, tokens, 16)).astype(np.float32)})
+    count = 0
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event["name"].endswith("_kernel_time") and "/experts" in event["name"] and "Gemm" in event["name"]:
+            (rows, features), neurons = _sizes(event["args"]["input_type_shape"], event["args"]["output_type_shape"])
+            count += rows * features * neurons
+    return count
+
+
+def _sizes(inputs: list[dict[str, list[int]]], outputs: list[dict[str, list[int]]]) -> tuple[list[int], int]:
+    return inputs[0]["float"], outputs[0]["float"][1]
+
+
+@pytest.mark.parametrize("lowering", ["expert_chain", "sorted_split", "dense_masked"])
+def test_more_experts_cost_no_more(sparse_layer: Any, tmp_path: Path, lowering: Lowering) -> None:
+    """Protects: with four times the experts, and as many chosen, a file computes as much as before.
+
+    `dense_masked`, which skips nothing, shows that the count would tell.
+    """
+    found: list[int] = []
+    for num_experts in (8, 32):
+        path = tmp_path / f"{num_experts}.onnx"
+        export_onnx(sparse_layer(num_experts=num_experts), path, lowering=lowering, verify=False)
+        found.append(_executed(path, 50, tmp_path))
+    skipping = 50 * 2 * 2 * 16 * 8  # tokens, slots, products, D, M
+    assert found == ([skipping, skipping] if lowering != "dense_masked" else [4 * skipping, 16 * skipping])
 
 
 def test_times_every_lowering_and_changes_nothing() -> None:
