@@ -43,12 +43,9 @@ from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 from sparsify.passes.lower_onnx.metadata import QUANTIZED, FileLayer, conversions, metadata
 from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
-<<<<<<< HEAD
-from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
-=======
 from sparsify.passes.lower_onnx.quantize_experts import BITS, BLOCK_OPSET, Quantized
 from sparsify.passes.lower_onnx.quantize_experts import quantize_experts as quantize_experts_of
->>>>>>> onnx
+from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
 from sparsify.passes.lower_onnx.values import input_of
@@ -184,21 +181,14 @@ def export_onnx(
             is exact, layer by layer.
         target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
         measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
-<<<<<<< HEAD
-        opset: the version of the standard operators, 18 to the newest that onnxruntime loads.
-        input_names: a name for every input tensor, in order.
-        output_names: a name for every output tensor, in order.
-<<<<<<< HEAD
-=======
         routing_outputs: give the file two more outputs for every converted FFN, `<ffn>.expert_ids` and
             `<ffn>.routing_weights`, `[T, K]` each: which experts each token had, -1 for none, and how much they
             counted.
-        opset: the version of the standard operators.
->>>>>>> training
-=======
+        opset: the version of the standard operators, 18 to the newest that onnxruntime loads.
+        input_names: a name for every input tensor, in order.
+        output_names: a name for every output tensor, in order.
         quantize_experts: "int8" or "int4" stores the weights of the experts so, with a scale for 32 features; the
             report says what it costs. onnxruntime runs them by `com.microsoft::MatMulNBits`; "portable" needs opset 21.
->>>>>>> onnx
         dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
         verify: run the file and compare it with the model at several shapes.
 
@@ -229,15 +219,8 @@ def export_onnx(
     path, names = Path(path), (input_names, output_names)
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
     with _workshop(path) as workshop:
-<<<<<<< HEAD
-<<<<<<< HEAD
-        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset), names)
-=======
-        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset, routing_outputs))
->>>>>>> training
-=======
-        model, layers = _sparse_onnx(sparse, _Choice(target, lowering, tokens, measure, opset, quantize_experts), names)
->>>>>>> onnx
+        choice = _Choice(target, lowering, tokens, measure, opset, routing_outputs, quantize_experts)
+        model, layers = _sparse_onnx(sparse, choice, names)
         _write(model, workshop / path.name)
         if dense is not None and dense_path is not None:
             _export_dense(dense, sparse, workshop / dense_path.name, opset, names, verify)
@@ -290,11 +273,8 @@ class _Choice:
     tokens: tuple[int, ...]
     measure: bool
     opset: int
-<<<<<<< HEAD
     routing_outputs: bool
-=======
     quantized: Quantized | None
->>>>>>> onnx
 
 
 def _sparse_onnx(sparse: SparseModel, options: _Choice, names: _Names) -> tuple[ir.Model, tuple[LayerExport, ...]]:
