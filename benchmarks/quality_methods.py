@@ -27,7 +27,7 @@ from sparsify.passes.split.split_ffn import Sample, SplitResult, relative_error,
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 from sparsify.passes.split.train_router import expert_norms, train_router
 from sparsify.passes.verify import receipt
-from sparsify.routers import Router
+from sparsify.routers import Router, UnitRouter
 
 Split = Callable[..., SplitResult]
 
@@ -74,7 +74,7 @@ class Method:
 
 def _result(dense: DenseFFN, original: DenseFFN, fit: Sample, experts: Experts, router: Router) -> SplitResult:
     whole = receipt(original, experts, fit.x[:256])
-    return SplitResult(experts, router, whole, 0.0, None, tokens_per_expert(experts, router, fit.x))
+    return SplitResult(experts, router, whole, 0.0, None, tokens_per_expert(experts, router, fit))
 
 
 def random_split(
@@ -121,11 +121,11 @@ def _refitted(
     return replace(result, experts=experts, error=relative_error(experts, router, measured))
 
 
-class OracleRouter(Router):
+class OracleRouter(UnitRouter):
     """Computes every expert to know which matter."""
 
     def __init__(self, experts: Experts, top_k: int) -> None:
-        super().__init__(experts.num_routed, top_k)
+        super().__init__(experts.projections[0].shape[2], experts.num_routed, top_k)
         self._experts = experts
 
     def logits(self, x: Tensor) -> Tensor:
@@ -151,11 +151,11 @@ def moefication(
     return replace(result, error=relative_error(split, router, measured))
 
 
-class TanhRouter(Router):
+class TanhRouter(UnitRouter):
     """Linear, tanh, linear on the direction of the token; starts as the similarity to the centroids."""
 
     def __init__(self, centroids: Tensor, top_k: int) -> None:
-        super().__init__(len(centroids), top_k)
+        super().__init__(centroids.shape[1], len(centroids), top_k)
         self.first = nn.Linear(centroids.shape[1], len(centroids), bias=False)
         self.second = nn.Linear(len(centroids), len(centroids), bias=False)
         with torch.no_grad():
@@ -212,11 +212,11 @@ def cmoe(
     return replace(result, error=relative_error(split, router, measured))
 
 
-class NeuronRouter(Router):
+class NeuronRouter(UnitRouter):
     """The magnitude of one neuron of each expert, its rows normalised."""
 
     def __init__(self, dense: DenseFFN, neurons: Tensor, config: SparsifyConfig) -> None:
-        super().__init__(len(neurons), config.top_k - config.shared)
+        super().__init__(dense.projections[0].weight.shape[1], len(neurons), config.top_k - config.shared)
         self._activation = dense.activation
         self._vectors = tuple(v[neurons] if v.dim() else v for v in dense.vectors)
         rows = [p.weight[neurons] for p in dense.projections]

@@ -97,10 +97,10 @@ class SparsifyConfig:
         seed: of the clustering and the training of the routers.
     """
 
-    start: Start = "split"
     num_experts: int = 16
     top_k: int = 4
     num_shared_experts: int | None = None
+    start: Start = "split"
     router: str | None = None
     router_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     ids_input: str | None = None

@@ -24,7 +24,7 @@ from sparsify.passes.split.prune import prune
 from sparsify.passes.split.refit import refit
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 from sparsify.passes.verify import receipt
-from sparsify.routers import Router
+from sparsify.routers import Router, UnitRouter
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
 _CLOSED_FORM_TOKENS = 16_384  # where training on all of them follows
@@ -110,7 +110,7 @@ def split_ffn(
         return result
     expert_ids = torch.cat([router(*part)[1] for part in few.parts()])
     experts = refit(experts, mean.flatten(), few.x, few.target, few.weight, expert_ids, config.ridge)
-    if trains:
+    if trains and isinstance(router, UnitRouter):
         experts, router = distill_block(
             experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
         )

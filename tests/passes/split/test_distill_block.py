@@ -10,10 +10,10 @@ from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.distill_block import distill_block
 from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.fold_mean import fold_mean
-from sparsify.routers import MLPRouter, Router
+from sparsify.routers import MLPRouter, UnitRouter
 
 
-def setup(dense: DenseFFN, num_shared: int, tokens: int = 2000) -> tuple[Experts, Router, Tensor, Tensor]:
+def setup(dense: DenseFFN, num_shared: int, tokens: int = 2000) -> tuple[Experts, UnitRouter, Tensor, Tensor]:
     """Four experts of six neurons by lot, a random router, tokens and their outputs."""
     torch.manual_seed(0)
     neurons, x = torch.randperm(24).view(4, 6), torch.randn(tokens, 7)
@@ -22,7 +22,7 @@ def setup(dense: DenseFFN, num_shared: int, tokens: int = 2000) -> tuple[Experts
     return experts, router, x, dense(x)
 
 
-def squared_error(experts: Experts, router: Router, x: Tensor, target: Tensor) -> float:
+def squared_error(experts: Experts, router: UnitRouter, x: Tensor, target: Tensor) -> float:
     return float((experts(x, router(x)[1]) - target).square().sum())
 
 
