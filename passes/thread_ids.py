@@ -24,7 +24,7 @@ from sparsify.errors import SelectionError
 from sparsify.passes.find_ffns import FoundFFNs
 from sparsify.passes.graph_values import fake_tensor, op_name, shape_of
 from sparsify.passes.match_ffn import FFNMatch, Site
-from sparsify.passes.token_layout import before_flattening, leading_sizes
+from sparsify.passes.token_layout import before_flattening, example_size, leading_sizes
 from sparsify.routers import router_class
 
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ def add_input(graph_module: GraphModule, name: str, example: Tensor, match: FFNM
     value = fake_tensor(x)
     assert value is not None
     leading = value.movedim(site.x_axis, -1)[..., 0]
-    sizes = [size if isinstance(size, int) else size.node.hint for size in leading.shape]
+    sizes = [example_size(size) for size in leading.shape]
     if list(example.shape) != sizes[: example.dim()]:
         raise SelectionError(
             f"the input {name!r} has the shape {list(example.shape)}, and the tokens of {match.name} have {sizes}; "
@@ -208,7 +208,10 @@ def _thread(graph: Graph, name: str, site: Site, source: IdSource) -> Node:
             f"{name}: its tokens are {leading}, and the input {source.node!r} is {sizes}, so it has no integer for "
             "each of them; leave the FFN dense with select=, or name another input with ids_input="
         )
-    with graph.inserting_before(_node(graph, site.x).next):
+    place = _node(graph, site.x).next
+    while place.op == "placeholder":  # the ids may be a later input
+        place = place.next
+    with graph.inserting_before(place):
         call = graph.call_function
         if len(sizes) < len(leading):
             axes = [axis for axis in range(len(leading) + 1) if axis != (len(leading) + 1 + site.x_axis)]
