@@ -32,7 +32,9 @@ def prune_experts(sparse: SparseModel, keep: int, stats: RoutingStats) -> Sparse
         ValueError: `keep` does not fit, the experts of an FFN are parts of one sum (a split), or its router cannot do
             with fewer experts. Nothing is changed then.
     """
-    made = type(sparse)(sparse, copy.deepcopy(sparse.graph))
+    from sparsify.sparse_model import SparseModel
+
+    made = SparseModel(sparse, copy.deepcopy(sparse.graph))  # type(sparse) is a class that fx made for it alone
     made.meta.update(sparse.meta)
     for layer in stats.layers:
         router = sparse.routers[layer.name]

@@ -37,7 +37,9 @@ def specialise(sparse: SparseModel, label: int) -> SparseModel:
         raise ValueError("no router of this model goes by labels, so it cannot be specialised to one")
     for router in routers.values():
         router.check_ids(torch.tensor([label]))
-    made = type(sparse)(sparse, copy.deepcopy(sparse.graph))
+    from sparsify.sparse_model import SparseModel
+
+    made = SparseModel(sparse, copy.deepcopy(sparse.graph))  # type(sparse) is a class that fx made for it alone
     made.meta.update(sparse.meta)
     for name, router in routers.items():
         new, kept = router.specialised(label)
