@@ -62,36 +62,27 @@ class CalibrationStream:
             self._masks.append(batch.mask)
         self._executed.update(inputs)
 
-    def tokens_at(self, places: Sequence[tuple[str, int]], name: str) -> list[Tensor]:
+    def tokens_at(self, places: Sequence[tuple[str, int]], name: str, ids: Sequence[str] = ()) -> list[Tensor]:
         """Run every batch as far as needed to know some nodes.
 
         Args:
             places: names of nodes, the input of an FFN and others that were not passed yet, each with the axis of its
                 features, counted from the end.
             name: of the FFN, for the error message.
+            ids: names of nodes that hold an integer for every token.
 
         Returns:
-            `[T, D]` per node: the tokens of all batches without padding, fp32 (fp64 in an fp64 model).
+            `[T, D]` per node: the tokens of all batches without padding, fp32 (fp64 in an fp64 model); then `[T]` int64
+            for each of `ids`.
 
         Raises:
             CalibrationError: a token is not finite, or no token is left.
         """
         by_name = {node.name: node for node in self._graph_module.graph.nodes}
         wanted = [by_name[node] for node, _ in places]
-        self._advance(wanted)
-        return [self._tokens(node, axis, name) for node, (_, axis) in zip(wanted, places, strict=True)]
-
-    def ids_at(self, names: Sequence[str]) -> list[Tensor]:
-        """As `tokens_at`, for nodes that hold an integer for every token: `[T]` each."""
-        by_name = {node.name: node for node in self._graph_module.graph.nodes}
-        wanted = [by_name[name] for name in names]
-        self._advance(wanted)
-        found: list[Tensor] = []
-        for node in wanted:
-            pairs = zip(self._environments, self._masks, strict=True)
-            ids = [_select(environment[node].unsqueeze(-1), mask).squeeze(-1) for environment, mask in pairs]
-            found.append(torch.cat(ids))
-        return found
+        self._advance([*wanted, *(by_name[node] for node in ids)])
+        tokens = [self._tokens(node, axis, name) for node, (_, axis) in zip(wanted, places, strict=True)]
+        return [*tokens, *(self._ids(by_name[node]) for node in ids)]
 
     def has_passed(self, name: str) -> bool:
         """The node was executed for every batch, so what it reads is not needed any more."""
@@ -111,6 +102,11 @@ class CalibrationStream:
         if not len(tokens):
             raise CalibrationError(f"no calibration token reaches {name}: every batch is empty or masked out.")
         return tokens if tokens.dtype == torch.float64 else tokens.float()
+
+    def _ids(self, node: Node) -> Tensor:
+        pairs = zip(self._environments, self._masks, strict=True)
+        found = [_select(environment[node].unsqueeze(-1), mask) for environment, mask in pairs]
+        return torch.cat(found).squeeze(-1)
 
     def _advance(self, wanted: Sequence[Node]) -> None:
         """Execute, in graph order, all up to the last of `wanted`; forget what neither it nor a later node needs."""

@@ -245,12 +245,13 @@ def _sample(
     (site,) = match.sites
     down = next(node for node in graph_module.graph.nodes if node.name == site.down)
     places = [(site.x, site.x_axis), *((term.name, site.down_axis) for term in residual_terms(down))]
-    x, *residuals = stream.tokens_at(places, match.name)
+    found = stream.tokens_at(places, match.name, id_nodes)
+    x, residuals, ids = found[0], found[1 : len(places)], found[len(places) :]
     dense_x, *dense_residuals = reference.tokens_at(places, match.name)
     target = torch.cat([dense(part) for part in chunks(dense_x)])
     for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
         target += dense_residual - residual
-    return Sample(x, target, torch.cat(stream.ids_at(id_nodes)) if id_nodes else None)
+    return Sample(x, target, ids[0] if ids else None)
 
 
 def _pooled(
@@ -265,9 +266,11 @@ def _pooled(
     own = GraphModule(dense_module, copy.deepcopy(dense_module.graph))
     id_nodes = thread_ids(own.graph, match, source) if source is not None else ()
     stream = CalibrationStream(own, batches)
-    x = torch.cat(stream.tokens_at([(site.x, site.x_axis) for site in match.sites], match.name))
+    sites = [(site.x, site.x_axis) for site in match.sites]
+    found = stream.tokens_at(sites, match.name, id_nodes)
+    x = torch.cat(found[: len(sites)])
     step = -(-len(x) // max_tokens)
-    ids = torch.cat(stream.ids_at(id_nodes))[::step] if id_nodes else None
+    ids = torch.cat(found[len(sites) :])[::step] if id_nodes else None
     return Sample(x[::step], torch.cat([dense(part) for part in chunks(x[::step])]), ids)
 
 

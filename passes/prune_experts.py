@@ -34,8 +34,8 @@ def prune_experts(sparse: SparseModel, keep: int, stats: RoutingStats) -> Sparse
     """
     from sparsify.sparse_model import SparseModel
 
-    made = SparseModel(sparse, copy.deepcopy(sparse.graph))  # type(sparse) is a class that fx made for it alone
-    made.meta.update(sparse.meta)
+    made = SparseModel(sparse, copy.deepcopy(sparse.graph))
+    made.info = sparse.info
     for layer in stats.layers:
         router = sparse.routers[layer.name]
         loads = torch.tensor(layer.tokens_per_expert)

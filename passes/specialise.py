@@ -37,10 +37,10 @@ def specialise(sparse: SparseModel, label: int) -> SparseModel:
         raise ValueError("no router of this model goes by labels, so it cannot be specialised to one")
     for router in routers.values():
         router.check_ids(torch.tensor([label]))
-    from sparsify.sparse_model import SparseModel
+    from sparsify.sparse_model import SparseModel  # which imports routers that import nothing of the compiler
 
-    made = SparseModel(sparse, copy.deepcopy(sparse.graph))  # type(sparse) is a class that fx made for it alone
-    made.meta.update(sparse.meta)
+    made = SparseModel(sparse, copy.deepcopy(sparse.graph))
+    made.info = sparse.info
     for name, router in routers.items():
         new, kept = router.specialised(label)
         new.weights = router.weights

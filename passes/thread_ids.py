@@ -208,7 +208,10 @@ def _thread(graph: Graph, name: str, site: Site, source: IdSource) -> Node:
             f"{name}: its tokens are {leading}, and the input {source.node!r} is {sizes}, so it has no integer for "
             "each of them; leave the FFN dense with select=, or name another input with ids_input="
         )
-    with graph.inserting_before(_node(graph, site.x).next):
+    place = _node(graph, site.x).next
+    while place.op == "placeholder":  # the ids may be a later input
+        place = place.next
+    with graph.inserting_before(place):
         call = graph.call_function
         if len(sizes) < len(leading):
             axes = [axis for axis in range(len(leading) + 1) if axis != (len(leading) + 1 + site.x_axis)]

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from sparsify.errors import GraftError
 from sparsify.passes.capture import evaluation_mode, same_random_numbers
-from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.graph_values import fake_tensor, tensor_leaves
 from sparsify.passes.module_calls import ModuleCalls, misfit, observe_calls, parameter_name
 from sparsify.passes.module_cover import ModuleCover
 
@@ -74,7 +74,7 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
     for name, cover in covers.items():
         if name in skipped:
             continue
-        reason = misfit(cover, calls)
+        reason = misfit(cover, calls) or _loses_groups(sparse, name, cover, calls)
         if reason:
             skipped[name] = reason
             continue
@@ -93,6 +93,18 @@ def _reads_ids(sparse: SparseModel, name: str) -> str | None:
     if not router.reads_ids:
         return None
     return f"its router ({router.system.name}) reads an integer of every token, which the module is not given"
+
+
+def _loses_groups(sparse: SparseModel, name: str, cover: ModuleCover, calls: ModuleCalls) -> str | None:
+    """Why tokens would compete in other groups inside the module than in the graph."""
+    nodes = sparse.graph.find_nodes(op="call_module", target=f"{name}.router")
+    if not nodes or not sparse.routers[name].reads_groups:
+        return None
+    (args, kwargs), _ = calls[cover.modules[0]]
+    given, read = [*args, *kwargs.values()][0], fake_tensor(nodes[0].all_input_nodes[0])
+    if len(given) > 2 or (read is not None and read.dim() == 2):
+        return None
+    return f"its tokens compete within an entry of the batch, and {cover.modules[0]} is given them in one row"
 
 
 def _replace_all(

@@ -8,7 +8,6 @@ T tokens, E num_experts. The paper adds the input to E_e; in a block with a resi
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from sparsify.routers.base import System, require_one
@@ -59,6 +58,8 @@ def assign(scores: Tensor) -> Tensor:
     Returns:
         `[T]` int64.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import, and needed in training alone
+
     tokens, experts = scores.shape
     places = -(-tokens // experts)
     _, columns = linear_sum_assignment(scores.detach().double().cpu().repeat(1, places), maximize=True)

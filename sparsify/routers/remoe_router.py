@@ -24,6 +24,7 @@ class ReMoERouter(Router):
         paper="ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing (arXiv 2412.14711)",
         mechanism="the ReLU of linear logits is the weight; an L1 loss is steered until K of E are above 0 on average",
         export_form="mask",
+        needs=("after_step",),
     )
 
     strength: Tensor

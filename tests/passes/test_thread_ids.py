@@ -73,7 +73,7 @@ def table_of(sparse: SparseModel) -> Tensor:
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_token_ids_choose_the_expert(flat: bool, calls: int, calibrated: bool) -> None:
-    """Protects: the ids of the vocabulary, not those of the small embedding; every call site; other sizes than traced."""
+    """Protects: ids of the vocabulary, not those of the small embedding; every call site; other sizes than traced."""
     model, ids = Text(flat, calls).eval(), torch.randint(0, 40, (2, 5))
     types = torch.zeros_like(ids)
     batches = [(torch.randint(0, 40, (3, 9)), torch.zeros(3, 9, dtype=torch.int64))] if calibrated else None
