@@ -38,6 +38,8 @@ def prune_experts(sparse: SparseModel, keep: int, stats: RoutingStats) -> Sparse
     made.info = sparse.info
     for layer in stats.layers:
         router = sparse.routers[layer.name]
+        if sparse.info.shards.get(layer.name, 1) > 1:
+            raise ValueError(f"{layer.name}: its experts are shards of copies, which belong together, so none can go")
         loads = torch.tensor(layer.tokens_per_expert)
         kept = torch.sort(loads.argsort(descending=True, stable=True)[:keep]).values
         made.set_submodule(f"{layer.name}.router", _pruned(router, kept, keep, layer.name))
