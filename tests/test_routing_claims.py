@@ -29,7 +29,8 @@ def dense() -> GPT:
 
 
 def converted(dense: nn.Module, **options: Any) -> SparseModel:
-    return sparsify(dense, (IDS,), **{"select": "all", "start": "upcycle", "router": "top-k", **options})
+    given: dict[str, Any] = {"select": "all", "start": "upcycle", "router": "top-k", **options}
+    return sparsify(dense, (IDS,), **given)
 
 
 def count(model: nn.Module) -> int:

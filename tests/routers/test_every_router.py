@@ -155,7 +155,7 @@ class Pipeline:
         """By the defaults of the catalogue, with `start="split"` where the router passes no gradient on."""
         key = f"{made.system.name} {options}"
         if key not in self._known:
-            given = {
+            given: dict[str, Any] = {
                 "router": made.system.name,
                 "start": "split" if issubclass(made, UnitRouter) else "upcycle",
                 "num_experts": made.default_num_experts,
