@@ -24,7 +24,7 @@ from sparsify.errors import SelectionError
 from sparsify.passes.find_ffns import FoundFFNs
 from sparsify.passes.graph_values import fake_tensor, op_name, shape_of
 from sparsify.passes.match_ffn import FFNMatch, Site
-from sparsify.passes.token_layout import before_flattening, leading_sizes
+from sparsify.passes.token_layout import before_flattening, example_size, leading_sizes
 from sparsify.routers import router_class
 
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ def add_input(graph_module: GraphModule, name: str, example: Tensor, match: FFNM
     value = fake_tensor(x)
     assert value is not None
     leading = value.movedim(site.x_axis, -1)[..., 0]
-    sizes = [size if isinstance(size, int) else size.node.hint for size in leading.shape]
+    sizes = [example_size(size) for size in leading.shape]
     if list(example.shape) != sizes[: example.dim()]:
         raise SelectionError(
             f"the input {name!r} has the shape {list(example.shape)}, and the tokens of {match.name} have {sizes}; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -41,9 +43,11 @@ def group_size(x: Node, x_axis: int) -> int | None:
     value = fake_tensor(before_flattening(x, x_axis))
     if value is None or value.dim() < 3:
         return None
-    sizes = [_example(size) for size in value.movedim(x_axis, -1).shape[1:-1]]
+    sizes = [example_size(size) for size in value.movedim(x_axis, -1).shape[1:-1]]
     return None if None in sizes else int(torch.tensor(sizes).prod())
 
 
-def _example(size: int | torch.SymInt) -> int | None:
-    return size if isinstance(size, int) else size.node.hint
+def example_size(size: int | torch.SymInt) -> int | None:
+    """The number at the example inputs, for a size that may change too; None where export does not know it."""
+    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return None if hint is None else int(hint)

@@ -135,25 +135,25 @@ def sparsify(
     _refuse_contradiction(plan, options)
     config = _config(config, options)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    kwargs, added = split_added(model, kwargs or {}, config.ids_name)
+    given, added = split_added(model, kwargs or {}, config.ids_name)
     clock = _Clock(progress)
-    captured = clock.run("capture", lambda: _capture(model, args, kwargs, dynamic_shapes, allow_parts))
-    found = clock.run("match", lambda: find_ffns(model, captured, args, kwargs))
+    captured = clock.run("capture", lambda: _capture(model, args, given, dynamic_shapes, allow_parts))
+    found = clock.run("match", lambda: find_ffns(model, captured, args, given))
     _require_ffn(model, found)
     plan = make_plan(found.matches, config) if plan is None else fit_plan(plan, found.matches, config)
     refuse_non_causal(found.parts, plan, config)
-    expected, parameters_before = _dense_outputs(model, args, kwargs), _count(model)
-    ids, kwargs = read_ids(found, config, added), {**kwargs, **added}
+    expected, parameters_before = _dense_outputs(model, args, given), _count(model)
+    ids, given = read_ids(found, config, added), {**given, **added}
     batches = _read(calibration, plan, config)
     convert_found = partial(_convert_whole, ids=ids) if found.is_whole else convert_parts
     done = clock.run(
         "convert",
         lambda: convert_found(
-            model, found, plan, config, batches, (args, kwargs), clock.layers, consume=consume_model
+            model, found, plan, config, batches, (args, given), clock.layers, consume=consume_model
         ),
     )
-    error = clock.run("verify", lambda: _output_error(expected, done.sparse, args, kwargs))
-    notes = input_notes(found.parts[0].graph_module, args, kwargs) if found.is_whole else part_notes(found.skipped)
+    error = clock.run("verify", lambda: _output_error(expected, done.sparse, args, given))
+    notes = input_notes(found.parts[0].graph_module, args, given) if found.is_whole else part_notes(found.skipped)
     report = Report(
         ffns=ffn_reports(found.matches, found.rejections, done.plan, done.results),
         notes=(

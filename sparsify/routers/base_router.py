@@ -48,7 +48,6 @@ class BaseRouter(LinearRouter):
         return torch.sigmoid(logits.gather(-1, ids)), ids
 
 
-@torch.compiler.disable
 def assign(scores: Tensor) -> Tensor:
     """The assignment of tokens to experts with the largest sum of scores, at most ceil(T/E) tokens for an expert.
 

@@ -38,7 +38,6 @@ class SBaseRouter(LinearRouter):
         return scores.gather(-1, ids), ids
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def sinkhorn(logits: Tensor) -> Tensor:
     """The plan of the module's formula, without a gradient.

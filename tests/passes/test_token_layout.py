@@ -15,6 +15,11 @@ from sparsify.errors import SelectionError
 OPTIONS: dict[str, Any] = {"start": "upcycle", "num_experts": 4, "top_k": 1, "select": "all"}
 
 
+def but(**changes: Any) -> dict[str, Any]:
+    """The options, some of them changed."""
+    return {**OPTIONS, **changes}
+
+
 class FFN(nn.Module):
     def __init__(self, kernel: bool = False) -> None:
         super().__init__()
@@ -63,7 +68,7 @@ def soft_by_loops(sparse: SparseModel, x: Tensor) -> Tensor:
 def test_soft_moe_mixes_within_an_entry(layout: str, slots: int) -> None:
     """Protects: the graph of Soft MoE: slots of each sequence or image, back to its tokens; other sizes than traced."""
     model = Model(layout).eval()
-    sparse = sparsify(model, (example(layout),), router="soft-moe", **{**OPTIONS, "top_k": slots})
+    sparse = sparsify(model, (example(layout),), router="soft-moe", **but(top_k=slots))
     for parameter in sparse.routers["ffn"].parameters():
         parameter.data.mul_(3.0)
     for name, parameter in sparse.named_parameters():
@@ -71,7 +76,7 @@ def test_soft_moe_mixes_within_an_entry(layout: str, slots: int) -> None:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     x = example(layout, 3, 5)
     found = (sparse(x) - x).detach()
-    tokens = x.movedim(1, -1).flatten(1, 2) if layout == "image" else model.norm(x).detach()
+    tokens = x.movedim(1, -1).flatten(1, 2) if layout == "image" else nn.functional.layer_norm(x, (8,))
     found = found.movedim(1, -1).flatten(1, 2) if layout == "image" else found
     torch.testing.assert_close(found.double(), soft_by_loops(sparse, tokens), rtol=1e-4, atol=1e-5)
 
@@ -99,7 +104,7 @@ def test_plain_tokens_are_one_group() -> None:
 def test_groups_survive_the_graft(layout: str, router: str) -> None:
     """Protects: experts in the modules of the original model compete within the same groups."""
     model, x = Model(layout).eval(), example(layout)
-    options = {**OPTIONS, "num_experts": 1} if router == "mixture-of-depths" else OPTIONS
+    options = but(num_experts=1) if router == "mixture-of-depths" else OPTIONS
     sparse = sparsify(model, (x,), router=router, **options)
     expected = sparse(x)
     report = sparse.graft(model)
@@ -114,7 +119,7 @@ def test_shared_keeps_the_whole_ffn_beside_the_slots() -> None:
     """Protects: `start="shared"` makes Soft MoE and expert choice start as the dense model."""
     for router in ("soft-moe", "expert-choice"):
         model, x = Model("sequence").eval(), example("sequence")
-        sparse = sparsify(model, (x,), router=router, **{**OPTIONS, "start": "shared"})
+        sparse = sparsify(model, (x,), **but(router=router, start="shared"))
         torch.testing.assert_close(sparse(x), model(x), rtol=1e-5, atol=1e-6)
         upcycled = sparsify(model, (x,), router=router, **OPTIONS)
         assert upcycled.report.ffns[0].error is not None
@@ -126,7 +131,7 @@ def test_shared_keeps_the_whole_ffn_beside_the_slots() -> None:
 def test_export_and_save(router: str, tmp_path: Path) -> None:
     """Protects: groups in onnxruntime at other sizes, for a flattening model, and in a saved one."""
     x = example("flat")
-    sparse = sparsify(Model("flat").eval(), (x,), router=router, **{**OPTIONS, "top_k": 2})
+    sparse = sparsify(Model("flat").eval(), (x,), **but(router=router, top_k=2))
     sparse.routers["ffn"].get_parameter("phi" if router == "soft-moe" else "weight").data.normal_()
     report = export_onnx(sparse, tmp_path / "model.onnx")
     assert report.parity is not None

@@ -19,7 +19,7 @@ def test_selection_and_weights(groups: int, top_groups: int) -> None:
     torch.manual_seed(0)
     router = DeepSeekV3Router(7, 8, 2, num_groups=groups, top_groups=top_groups, routed_scaling=2.5).double().eval()
     router.weight.data *= 30
-    router.bias.copy_(torch.linspace(0.9, -1.5, 8))  # negative sums: a mask of 0 would choose the wrong ones
+    router.bias.copy_(torch.linspace(-1.1, -2.5, 8))  # sums below 0: a mask of 0 would choose the wrong ones
     x = torch.randn(31, 7, dtype=torch.float64)
     weights, ids = router(x)
     moved = 0

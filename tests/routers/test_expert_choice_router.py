@@ -75,7 +75,7 @@ def test_margins_find_the_ties() -> None:
     x[0, 1] = x[0, 0]
     margins = router.margins(x)
     assert margins[:2].tolist() == [0, 0]
-    scores = torch.softmax(x[1].double() @ router.weight.detach().double().t(), -1)  # an expert takes one of two
+    scores = torch.softmax(x[1].double() @ router.weight.detach().double().t(), -1)
     expected = ((scores[0] - scores[1]).abs() / scores.amax(0)).amin()
     torch.testing.assert_close(margins[2:].double(), expected.expand(2), rtol=1e-4, atol=1e-6)
 

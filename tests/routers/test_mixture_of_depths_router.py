@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from sparsify.routers.mixture_of_depths_router import MixtureOfDepthsRouter
 
 
-def trained(**options: float) -> MixtureOfDepthsRouter:
+def trained(**options: Any) -> MixtureOfDepthsRouter:
     router = MixtureOfDepthsRouter(6, 1, 1, **options)
     router.weight.data.normal_()
     return router
