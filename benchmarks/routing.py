@@ -150,7 +150,7 @@ def vit() -> Task:
     """Digits; a quarter is held out. There are no token ids, and no labels but the answer."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 16  # [1797, 1, 8, 8]
     answers = torch.from_numpy(data.target).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))

@@ -27,9 +27,11 @@ class SparseTrainer(Trainer):
         super().__init__(**options)
         self.sparse = sparse  # shares its weights with the grafted model
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The loss of the model; in training, what the routers ask for on top."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             loss = loss + self.sparse.aux_loss()
         return (loss, outputs) if return_outputs else loss

@@ -32,10 +32,14 @@ def prune_experts(sparse: SparseModel, keep: int, stats: RoutingStats) -> Sparse
         ValueError: `keep` does not fit, the experts of an FFN are parts of one sum (a split), or its router cannot do
             with fewer experts. Nothing is changed then.
     """
-    made = type(sparse)(sparse, copy.deepcopy(sparse.graph))
-    made.meta.update(sparse.meta)
+    from sparsify.sparse_model import SparseModel
+
+    made = SparseModel(sparse, copy.deepcopy(sparse.graph))
+    made.info = sparse.info
     for layer in stats.layers:
         router = sparse.routers[layer.name]
+        if sparse.info.shards.get(layer.name, 1) > 1:
+            raise ValueError(f"{layer.name}: its experts are shards of copies, which belong together, so none can go")
         loads = torch.tensor(layer.tokens_per_expert)
         kept = torch.sort(loads.argsort(descending=True, stable=True)[:keep]).values
         made.set_submodule(f"{layer.name}.router", _pruned(router, kept, keep, layer.name))

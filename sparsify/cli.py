@@ -124,6 +124,9 @@ def convert(
     exact_start: Annotated[
         bool, typer.Option("--exact-start", help="Routing weights that leave the dense model unchanged at first.")
     ] = False,
+    allow_non_causal: Annotated[
+        bool, typer.Option("--allow-non-causal", help="Convert a causal model with a router that sees later tokens.")
+    ] = False,
     experts: Annotated[
         int, typer.Option(help="Equal parts that the neurons of an FFN are divided into.")
     ] = _DEFAULTS.num_experts,
@@ -174,6 +177,7 @@ def convert(
                 router=router,
                 router_options=dict(map(_router_option, router_option or ())),
                 exact_start=exact_start,
+                allow_non_causal=allow_non_causal,
                 num_experts=experts,
                 top_k=top_k,
                 num_shared_experts=shared,

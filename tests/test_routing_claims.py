@@ -29,7 +29,8 @@ def dense() -> GPT:
 
 
 def converted(dense: nn.Module, **options: Any) -> SparseModel:
-    return sparsify(dense, (IDS,), **{"select": "all", "start": "upcycle", "router": "top-k", **options})
+    given: dict[str, Any] = {"select": "all", "start": "upcycle", "router": "top-k", **options}
+    return sparsify(dense, (IDS,), **given)
 
 
 def count(model: nn.Module) -> int:
@@ -89,7 +90,7 @@ def test_claim_4_one_expert_is_the_dense_model(dense: GPT, router: str, tmp_path
     sparse = converted(dense, router=router, num_experts=1, top_k=1)
     expected = dense(IDS).detach()
     size = expected.abs().max()
-    assert float((sparse(IDS) - expected).abs().max() / size) <= 1e-6
+    assert float((sparse(IDS).detach() - expected).abs().max() / size) <= 1e-6
     export_onnx(sparse, tmp_path / "model.onnx")
     (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input_ids": IDS.numpy()})
     assert float((torch.from_numpy(found) - expected).abs().max() / size) <= 1e-6
@@ -100,7 +101,7 @@ def test_claim_9_the_file_casts_before_it_routes(dense: GPT, tmp_path: Path) -> 
     torch.manual_seed(0)
     half = GPT(GPTConfig(32, 16, D, F, 2, 1)).half().eval()
     sparse = converted(half, num_experts=4, top_k=2)
-    export_onnx(sparse, tmp_path / "model.onnx")
+    export_onnx(sparse, tmp_path / "model.onnx", verify=False)  # onnxruntime lacks fp16 on the CPU in places
     model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx"))
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     routing = [node for node in model.graph.node if node.op_type == "TopK"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def sparse() -> SparseModel:
     """Two layers, six experts of which two run."""
     torch.manual_seed(0)
     model = Bert(BertConfig()).eval()
-    options = {"start": "upcycle", "num_experts": 6, "top_k": 2, "select": "all"}
+    options: dict[str, Any] = {"start": "upcycle", "num_experts": 6, "top_k": 2, "select": "all"}
     return sparsify(model, (), {"input_ids": IDS, "attention_mask": MASK}, **options)
 
 

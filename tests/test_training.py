@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,11 +13,11 @@ from sparsify import SparseModel, sparsify
 X = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
-def converted(**options: object) -> SparseModel:
+def converted(**options: Any) -> SparseModel:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))
-    given: dict[str, object] = {"start": "shared", "num_experts": 4, "top_k": 2, "select": "all", **options}
-    sparse = sparsify(model, (X,), **given)  # pyright: ignore[reportArgumentType]
+    given: dict[str, Any] = {"start": "shared", "num_experts": 4, "top_k": 2, "select": "all", **options}
+    sparse = sparsify(model, (X,), **given)
     for parameter in sparse.parameters():  # experts of "shared" start at 0, where there is no gradient to compare
         parameter.data += 0.1 * torch.randn_like(parameter)
     return sparse.train()

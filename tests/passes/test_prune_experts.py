@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,11 +13,11 @@ from sparsify import SparseModel, sparsify
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
 
 
-def converted(**options: object) -> SparseModel:
+def converted(**options: Any) -> SparseModel:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))
-    given: dict[str, object] = {"start": "upcycle", "num_experts": 6, "top_k": 2, "select": "all", **options}
-    sparse = sparsify(model, (X,), **given)  # pyright: ignore[reportArgumentType]
+    given: dict[str, Any] = {"start": "upcycle", "num_experts": 6, "top_k": 2, "select": "all", **options}
+    sparse = sparsify(model, (X,), **given)
     for parameter in sparse.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return sparse.eval()
@@ -49,6 +51,9 @@ def test_refusals() -> None:
     stats = sparse.routing_stats([X])
     with pytest.raises(ValueError, match=r"keep between 2 \(its top_k\) and 6 experts, got 1"):
         sparse.prune(1, stats)
+    shards = converted(granularity=2)
+    with pytest.raises(ValueError, match="shards of copies, which belong together"):
+        shards.prune(4, shards.routing_stats([X]))
     split = converted(start="split", num_experts=4)
     with pytest.raises(ValueError, match="parts of one sum"):
         split.prune(2, split.routing_stats([X]))

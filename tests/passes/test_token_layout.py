@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsify import SparseModel, export_onnx, sparsify
 from sparsify.errors import SelectionError
+from sparsify.routers.soft_moe_router import SoftMoERouter
 
 OPTIONS: dict[str, Any] = {"start": "upcycle", "num_experts": 4, "top_k": 1, "select": "all"}
 
@@ -49,6 +50,7 @@ def example(layout: str, batch: int = 2, length: int = 6) -> Tensor:
 def soft_by_loops(sparse: SparseModel, x: Tensor) -> Tensor:
     """The converted FFN of `[G, S, D]`, in fp64."""
     (router,) = sparse.routers.values()
+    assert isinstance(router, SoftMoERouter)
     weights = {name.rpartition(".")[2]: p.detach().double() for name, p in sparse.named_parameters() if "ffn." in name}
     dispatch, combine = (part.detach() for part in router.double().mixtures(x.double()))
     router.float()
