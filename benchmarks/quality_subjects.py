@@ -225,6 +225,7 @@ def _train(
             nn.init.normal_(parameter, std=0.02 if parameter.dim() != 2 else parameter.shape[-1] ** -0.5 / 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    loss = torch.tensor(torch.inf)
     for _ in range(steps):
         x, y = read(next(draws))
         logits = model(x)

@@ -77,7 +77,7 @@ def test_claim_3_a_batch_touches_as_many_experts_as_chance_says() -> None:
         found = torch.zeros(300)
         for i in range(300):
             # New logits for every draw: fixed rows share tokens unevenly.
-            router.weight.data = torch.randn_like(router.weight)  # pyright: ignore[reportAttributeAccessIssue]
+            router.get_parameter("weight").data.normal_()
             with torch.no_grad():
                 found[i] = len(router(torch.eye(D)[torch.randperm(D)[:tokens]])[1].unique())
         expected = experts * (1 - (1 - top_k / experts) ** tokens)

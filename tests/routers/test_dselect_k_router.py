@@ -22,9 +22,9 @@ def plain(router: DSelectKRouter, token: torch.Tensor) -> tuple[list[float], lis
     z = (router.weight.double() @ token.double() + router.bias.double()).tolist()
     a = (router.mixture.weight.double() @ token.double() + router.mixture.bias.double()).tolist()
     total = sum(map(math.exp, a))
-    selectors = []
+    selectors: list[list[float]] = []
     for j in range(router.top_k):
-        row = []
+        row: list[float] = []
         for expert in range(router.num_experts):
             product = 1.0
             for b in range(digits):
