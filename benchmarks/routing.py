@@ -221,7 +221,7 @@ def _run(task: Task, name: str, seed: int, options: dict[str, Any], output: Path
         return {"refused": f"needs {lacks[0]}, which this task does not have"}
     torch.manual_seed(seed)
     example = task.train(torch.Generator().manual_seed(seed))
-    before = _evaluate(task, model, needs)
+    before = _evaluate(task, model, ())
     if name == DENSE:
         sparse: nn.Module = model
     else:
