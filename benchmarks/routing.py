@@ -382,7 +382,8 @@ def _row(name: str, runs: Sequence[dict[str, Any]]) -> str:
         return "-" if math.isnan(mean(key)) else form.format(mean(key))
 
     qualities = [run["quality"] for run in runs]
-    spread = f"{statistics.mean(qualities):.3f} ({max(qualities) - min(qualities):.3f})"
+    spread = f"{statistics.mean(qualities):.3f}"
+    spread += f" ({max(qualities) - min(qualities):.3f})" if len(qualities) > 1 else ""
     seeds = "" if len(runs) == len(SEEDS) else f", {len(runs)} of {len(SEEDS)} seeds"
     mark = "" if runs[0].get("causal", True) else " †"
     flops = f"{mean('ffn_flops_per_token') / 1e6:.3f}"
