@@ -221,7 +221,7 @@ def _run(task: Task, name: str, seed: int, options: dict[str, Any], output: Path
         return {"refused": f"needs {lacks[0]}, which this task does not have"}
     torch.manual_seed(seed)
     example = task.train(torch.Generator().manual_seed(seed))
-    before = _evaluate(task, model, needs)
+    before = _evaluate(task, model, ())
     if name == DENSE:
         sparse: nn.Module = model
     else:
@@ -382,7 +382,8 @@ def _row(name: str, runs: Sequence[dict[str, Any]]) -> str:
         return "-" if math.isnan(mean(key)) else form.format(mean(key))
 
     qualities = [run["quality"] for run in runs]
-    spread = f"{statistics.mean(qualities):.3f} ({max(qualities) - min(qualities):.3f})"
+    spread = f"{statistics.mean(qualities):.3f}"
+    spread += f" ({max(qualities) - min(qualities):.3f})" if len(qualities) > 1 else ""
     seeds = "" if len(runs) == len(SEEDS) else f", {len(runs)} of {len(SEEDS)} seeds"
     mark = "" if runs[0].get("causal", True) else " †"
     flops = f"{mean('ffn_flops_per_token') / 1e6:.3f}"

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.errors import CalibrationError
 from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.token_layout import before_flattening
 
 _MASK = "attention_mask"  # the keyword of Hugging Face tokenizers; 0 marks padding, which no statistic should see
 
@@ -116,6 +117,7 @@ class CalibrationStream:
         self._executed.update(todo)
         needed = {node for node in order if node in wanted or not self._executed.issuperset(node.users)}
         needed |= {node for node in order if node.op == "placeholder"}  # experts may read sizes off inputs
+        needed |= {before_flattening(node, -1) for node in wanted}  # which routers of groups read
         last_use = {arg: node for node in todo for arg in node.all_input_nodes}
         for environment in self._environments:
             self._run(todo, environment, last_use, needed)

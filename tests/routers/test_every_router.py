@@ -199,6 +199,18 @@ def test_starts_as_it_says(made: type[Router], pipeline: Pipeline) -> None:
         assert any("not the dense model" in note for note in sparse.report.notes)
 
 
+@pytest.mark.parametrize(
+    "made", [router for router in ROUTERS if router.reads_groups], ids=lambda router: router.system.name
+)
+def test_groups_of_a_later_layer(made: type[Router]) -> None:
+    """Protects: sequences that the model flattens are found in every layer, while the layers before it are experts."""
+    dense = GPT(GPTConfig(VOCABULARY, 16, D, 32, 2, 2)).eval()
+    options: dict[str, Any] = {"num_experts": made.default_num_experts, "top_k": made.default_top_k, "select": "all"}
+    sparse = sparsify(dense, (IDS,), router=made.system.name, start="upcycle", allow_non_causal=True, **options)
+    assert len(sparse.report.converted) == 2
+    assert sparse(IDS[:1, :6]).shape == (1, 6, VOCABULARY)
+
+
 @routing_tokens
 def test_an_option_makes_the_start_exact(made: type[Router], pipeline: Pipeline) -> None:
     """Protects: `exact_start`: where every token gets its experts, any router of copies starts as the dense model."""
