@@ -8,16 +8,18 @@ from __future__ import annotations
 from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.lowerings import Lowering
 
-# Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, D=768 F=3072, T 1 to 2048: benchmarks/onnx_speed.py --quick
-_FLOPS = 1.9e11  # a second, in Gemm
+# Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, T 1 to 2048, fitted to what benchmarks/onnx_speed.py measures.
+_FLOPS = 1.6e11  # a second, in Gemm
 _READ_ROW = 1.2e11  # bytes a second of packed weights, for one row
-_READ = 8e10  # the same for several
-_MOE_FLOPS = 9.5e10  # a second, in com.microsoft.MoE
-_PACK = 2.5e10  # bytes a second of weights, which that op packs in every call for an expert of several tokens
-_READ_PLAIN = 6e10  # the same for an expert of one token
-_COPY = 3e10  # bytes a second of rows, read and written
-_NODE = 0.5e-6  # seconds, whatever it computes
-_GEMM = 1.5e-6
+_READ = 6.9e10  # the same for several
+_READ_FAR = 3.4e10  # the same in a layer that no cache holds
+_CACHE = 3e7  # bytes
+_MOE_FLOPS = 6.7e10  # a second, in com.microsoft.MoE
+_PACK = 3.8e10  # bytes a second of weights, which that op packs in every call for an expert of several tokens
+_READ_PLAIN = 4.9e10  # the same for an expert of one token
+_COPY = 1.5e10  # bytes a second of rows, read and written
+_NODE = 0.23e-6  # seconds, whatever it computes
+_GEMM = 2.8e-6
 _SORT_NODES, _MASK_NODES, _MOE_NODES = 15, 9, 7
 
 
@@ -36,7 +38,7 @@ def predict_seconds(lowering: Lowering, facts: LayerFacts, tokens: int) -> float
     rows = tokens * facts.top_k
     hit = _experts_hit(facts, tokens)
     products = hit * _products(facts, rows / hit, facts.expert_size)
-    features = rows * facts.dtype.itemsize * (facts.hidden_size + 3 * facts.output_size)
+    features = rows * facts.dtype.itemsize * (facts.hidden_size + 2.5 * facts.output_size)
     if lowering == "expert_chain":
         nodes = _SORT_NODES + facts.num_experts * (_projections(facts) + 3)
         return products + 2 * features / _COPY + nodes * _NODE
@@ -65,7 +67,9 @@ def _products(facts: LayerFacts, rows: float, neurons: int) -> float:
     """All Gemms of one FFN of so many neurons: bound by reading its weights, or by computing."""
     weights = _weight_bytes(facts, neurons)
     flops = 2 * rows * weights / facts.dtype.itemsize
-    read = weights / (_READ_ROW if rows < 2 else _READ)
+    near = _READ_ROW if rows < 2 else _READ
+    layer = _weight_bytes(facts, facts.num_experts * facts.expert_size)
+    read = weights / (_READ_FAR if layer > _CACHE else near)
     return max(read, flops / _FLOPS) + _GEMM * (_projections(facts) + 1)
 
 
