@@ -252,7 +252,8 @@ def importance_by_layer(subject: Subject, batches: list[Any], experts: int) -> d
         return split_ffn(dense, original, fit, measured, config, may_refit=False)
 
     with mock.patch("sparsify.passes.convert.split_ffn", record):
-        options: dict[str, Any] = {"num_experts": experts, "top_k": experts, "num_shared_experts": 0, "select": "all"}
+        options: dict[str, Any] = {"num_experts": experts, "top_k": experts, "select": "all"}
+        options["num_shared_experts"] = experts  # nothing is routed, so no router is trained
         sparse = sparsify(subject.model, (), subject.example, calibration=batches[:8], **options)
     names = [ffn.name for ffn in sparse.report.converted]
     return dict(zip(names, found, strict=True))

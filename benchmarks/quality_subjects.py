@@ -6,7 +6,6 @@ the development split; tables are made on the held-out one, or on a text of your
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,12 +231,12 @@ def _train(
         if logits.dim() == 3:
             logits, y = logits[:, :-1].flatten(0, 1), y[:, 1:].flatten()
         loss = functional.cross_entropy(logits, y)
+        if not torch.isfinite(loss):
+            raise RuntimeError("the training of the benchmark's own model diverged")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    if not math.isfinite(float(loss)):
-        raise RuntimeError("the training of the benchmark's own model diverged")
 
 
 def _bytes(text: str) -> Tensor:

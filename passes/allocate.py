@@ -98,9 +98,7 @@ def allocate(
     choices = [_choices(graph_module, stream, match, layer.configure(config)) for match, layer in todo]
     total = sum(match.flops_per_token / 2 * len(match.sites) for match, _ in todo)
     chosen = minimise(choices, budget * total)
-    layers = {
-        layer.name: _planned(layer, choice, match) for (match, layer), choice in zip(todo, chosen, strict=True)
-    }
+    layers = {layer.name: _planned(layer, choice, match) for (match, layer), choice in zip(todo, chosen, strict=True)}
     return ConversionPlan(tuple(layers.get(layer.name, layer) for layer in plan.layers))
 
 

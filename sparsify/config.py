@@ -91,7 +91,8 @@ class SparsifyConfig:
         refit: fit the experts to the routing (needs calibration): down_proj in closed form, then `distill_steps`.
             Without it `set_top_k(num_experts)` gives the dense model back.
         distill_steps: steps in which experts and router of an FFN are trained together towards the hidden state of the
-            dense model, on the calibration tokens; fewer where those are few. 0 stops after the closed form.
+            dense model, on the calibration tokens; fewer where those are few, and none where held-out tokens say that
+            it does not help. 0 stops after the closed form.
         ridge: strength of the pull to the old weights in the refit, relative to the mean square of a neuron.
         max_calibration_tokens: no more calibration batches are read once this many tokens were seen.
         seed: of the clustering and the training of the routers.

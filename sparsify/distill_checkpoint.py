@@ -25,10 +25,11 @@ def save_checkpoint(
         settings: of the training, to be compared when it is resumed.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for parameter, state in optimizer.state.items():
-        name = names[id(parameter)]
+    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+        name, state = names[id(parameter)], optimizer.state.get(parameter, {})
         tensors[f"{name}/value"] = parameter.detach().cpu().contiguous()
-        tensors |= {f"{name}/{moment}": state[moment].cpu().contiguous() for moment in _MOMENTS}
+        for moment in _MOMENTS:  # none where no gradient ever came
+            tensors[f"{name}/{moment}"] = state.get(moment, torch.zeros_like(parameter)).detach().cpu().contiguous()
     staging = file.with_name(f"{file.name}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, staging, metadata={"training": f"step {step} of {settings}"})

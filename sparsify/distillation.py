@@ -8,7 +8,6 @@ follow the gradient of the sum; each router learns which experts its own layer w
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,12 +27,12 @@ from sparsify.passes.capture import capture
 from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
+from sparsify.passes.split.learning_rate import share_of_rate
 from sparsify.passes.training_graph import RoutedFFN, TracingInterpreter, expert_outputs, routed_ffns
 from sparsify.routers import UnitRouter
 from sparsify.sparse_model import SparseModel
 
 _ROUTED_TOKENS = 256  # of a layer and step that teach its router: all its experts run for them
-_WARM_UP = 0.1  # of the steps
 _EVERY = 50  # steps between checkpoints
 _MOST_BATCH_TOKENS = 2**62
 
@@ -129,7 +128,7 @@ def distill(
         for step in range(first, steps):
             index = _order(len(calls), step, seed)
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * _schedule(step / steps)
+                group["lr"] = group["rate"] * share_of_rate(step, steps)
             losses.append(_step(sparse, reference, ffns, (index, calls[index]), through, optimizer))
             if file is not None and ((step + 1) % _EVERY == 0 or step + 1 == steps):
                 save_checkpoint(file, optimizer, names, step + 1, settings)
@@ -140,13 +139,6 @@ def distill(
             parameter.requires_grad_(before[id(parameter)])
             parameter.grad = None
     return DistillReport(tuple(losses), first, time.perf_counter() - start)
-
-
-def _schedule(done: float) -> float:
-    """Share of the learning rate: rising, then falling along a cosine to 0."""
-    if done < _WARM_UP:
-        return max(done, _WARM_UP / 10) / _WARM_UP
-    return (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP))) / 2
 
 
 def _check(sparse: object, steps: int, train: str, through: str, learning_rate: float) -> None:

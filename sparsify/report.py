@@ -26,8 +26,9 @@ class FFNReport:
         top_k: experts that run for a token, shared ones included.
         num_shared_experts: experts that run for every token.
         receipt: max |split - dense| / max |dense| with all experts on, before the refit, in fp32.
-        error: relative L2 error of the output on calibration tokens that were held out of every fit.
-        error_before_refit: the same before the refit; None where nothing was refitted.
+        error: relative L2 error of the output on calibration tokens that were held out of every fit, by their weights
+            (`passes/convert.py`); it decides whether training is kept.
+        error_before_refit: the same before refit and training; None where nothing was refitted.
         tokens_per_expert: calibration tokens that each routed expert got.
         flops_before: of its linear layers, per token, 2 per multiply-add.
         flops_after: the same after conversion, router included.

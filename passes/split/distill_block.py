@@ -18,6 +18,7 @@ from torch.nn import functional
 from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
 from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
+from sparsify.passes.split.learning_rate import share_of_rate
 from sparsify.routers import UnitRouter
 
 _BATCH = 256
@@ -49,21 +50,21 @@ def distill_block(
     generator = torch.Generator().manual_seed(seed)
     scale = 1 / (weight * target.square().sum(1)).mean().clamp(min=torch.finfo(x.dtype).tiny)
     block = _Block(experts, router)
-    rates = [_EXPERT_LEARNING_RATE, _ROUTER_LEARNING_RATE]
-    parameters = [block.own_parameters(), list(block.router.parameters())]
-    optimizer = torch.optim.Adam(
-        [{"params": p, "lr": rate} for p, rate in zip(parameters, rates, strict=True)], betas=_BETAS, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
+    groups = [
+        {"params": block.own_parameters(), "rate": _EXPERT_LEARNING_RATE},
+        {"params": list(block.router.parameters()), "rate": _ROUTER_LEARNING_RATE},
+    ]
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
     with torch.enable_grad():
-        for _ in range(steps):
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * share_of_rate(step, steps)
             rows = torch.randint(len(x), (batch,), generator=generator)
             error = block(x.index_select(0, rows), target.index_select(0, rows))
             loss = (weight.index_select(0, rows) * error).mean() * scale
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
     return block.result()
 
 

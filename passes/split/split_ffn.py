@@ -79,7 +79,7 @@ def split_ffn(
         dense: the FFN.
         original: the same before its vectors were folded; the receipt is taken against it.
         fit: tokens to fit to, T > 0, dtype of `dense`.
-        measured: tokens for the reported errors.
+        measured: tokens for the reported errors; training that does not lower the error on them is dropped.
         config: `num_experts` must not exceed F.
         may_refit: `fit` are real tokens, so the refit can be trusted.
 
@@ -110,18 +110,19 @@ def split_ffn(
         return result
     expert_ids = torch.cat([router(*part)[1] for part in few.parts()])
     experts = refit(experts, mean.flatten(), few.x, few.target, few.weight, expert_ids, config.ridge)
-    if trains and isinstance(router, UnitRouter):
-        experts, router = distill_block(
-            experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
-        )
-    return replace(
-        result,
-        experts=experts,
-        router=router,
-        error=relative_error(experts, router, measured),
-        error_before_refit=error,
-        tokens_per_expert=tokens_per_expert(experts, router, fit),
+    fitted = replace(
+        result, experts=experts, error=relative_error(experts, router, measured), error_before_refit=error
     )
+    if not trains or not isinstance(router, UnitRouter):
+        return fitted
+    experts, router = distill_block(
+        experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
+    )
+    trained_error = relative_error(experts, router, measured)
+    if trained_error >= fitted.error:  # few tokens can be learned by heart
+        return fitted
+    loads = tokens_per_expert(experts, router, fit)
+    return replace(fitted, experts=experts, router=router, error=trained_error, tokens_per_expert=loads)
 
 
 def _prune(

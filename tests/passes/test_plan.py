@@ -87,7 +87,7 @@ def test_overrides_decide_what_pays(matches: list[FFNMatch]) -> None:
     [
         ({"layer.*": {"top_k": 1}}, r"overrides='layer\.\*' matches none of the 3 FFNs: wide, narrow, head"),
         ({"n*": {"num_experts": 2}}, r"overrides of narrow do not fit .*: top_k must be between 1 and .*\(2\), got 4"),
-        ({"head": {"num_shared_experts": 4}}, r"overrides of head .* num_shared_experts must be between 0 and .*\(3\)"),
+        ({"head": {"num_shared_experts": 5}}, r"overrides of head .* num_shared_experts must be between 0 and .*\(4\)"),
         ({"narrow": {"num_experts": 128}}, r"narrow has 70 neurons, too few for num_experts=128"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_plan_survives_json(matches: list[FFNMatch]) -> None:
         ({"num_experts": -1}, "wide: num_experts must be at least 1, got -1"),
         ({"num_experts": 8.5}, r"wide: num_experts must be a whole number, got 8\.5"),
         ({"num_experts": "8"}, "wide: num_experts must be a whole number, got '8'"),
-        ({"num_shared_experts": 2}, "wide: num_shared_experts must be between 0 and top_k - 1"),
+        ({"num_shared_experts": 3}, r"wide: num_shared_experts must be between 0 and top_k \(2\)"),
         ({"experts": 8}, "no plan as .* 'experts'"),
     ],
 )

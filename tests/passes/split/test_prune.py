@@ -51,5 +51,6 @@ def test_a_pruned_model_runs_saves_and_grafts(tmp_path: Path) -> None:
     sparse.save(tmp_path)
     expected = sparse(ids)
     torch.testing.assert_close(SparseModel.load(tmp_path)(ids), expected)
+    assert "layers.0.ffn" in str(sparse.report)
     assert not sparse.graft(model).skipped
     torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-5)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
+from torch import Tensor
 
 from sparsify import SparsifyConfig
+from sparsify.passes.split import split_ffn as module
 from sparsify.passes.split.dense_ffn import DenseFFN, Linear
+from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.split_ffn import Sample, hold_out, split_ffn
+from sparsify.routers import Router
 
 
 def sample(dense: DenseFFN, tokens: int) -> Sample:
@@ -39,6 +44,21 @@ def test_training_lowers_the_error_on_held_out_tokens(dense: DenseFFN) -> None:
         for steps in (0, 60)
     )
     assert trained < 0.95 * closed
+
+
+def test_training_that_does_not_help_is_dropped(dense: DenseFFN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: few tokens learned by heart never replace the closed form."""
+    fit, measured = hold_out(sample(dense, 600))
+    config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16)
+    closed = split_ffn(dense, dense, fit, measured, replace(config, distill_steps=0), may_refit=True)
+
+    def spoil(experts: Experts, router: Router, *_: Tensor, steps: int, seed: int) -> tuple[Experts, Router]:
+        return replace(experts, down=10 * experts.down), router
+
+    monkeypatch.setattr(module, "distill_block", spoil)
+    result = split_ffn(dense, dense, fit, measured, config, may_refit=True)
+    assert result.error == closed.error
+    assert torch.equal(result.experts.down, closed.experts.down)
 
 
 def test_nothing_is_refitted_where_nothing_is_skipped(dense: DenseFFN) -> None:

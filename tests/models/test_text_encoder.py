@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.models.text_encoder import retrieval_agreement
+
+
+def batch(rows: int) -> dict[str, Tensor]:
+    """Sentences of three tokens, the last of them padding."""
+    ids = torch.arange(3 * rows).view(rows, 3)
+    return {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0]]).expand(rows, 3)}
+
+
+def model(table: Tensor) -> Any:
+    return lambda input_ids, attention_mask: {"last_hidden_state": table[input_ids]}
+
+
+def test_retrieval_agreement_is_one_for_the_model_itself_and_chance_for_another():
+    """Neighbours of a sentence are other sentences; padding and scale do not count."""
+    generator = torch.Generator().manual_seed(0)
+    table, other = (torch.randn(300, 16, generator=generator) for _ in range(2))
+    noise_in_padding = table.clone()
+    noise_in_padding[2::3] = 100
+    metric = retrieval_agreement(model(table), [batch(100)], 10)
+    assert metric.evaluate(model(3 * table)) == 1
+    assert metric.evaluate(model(noise_in_padding)) == 1
+    assert 0.02 < metric.evaluate(model(other)) < 0.25  # 10 of 99 by chance

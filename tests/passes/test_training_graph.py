@@ -1,0 +1,59 @@
+"""`routed_ffns` and `expert_outputs`: what light training reads off a converted model is what the model computes."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsify import SparseModel, sparsify
+from sparsify.models.bert import Bert, BertConfig
+from sparsify.passes.capture import capture
+from sparsify.passes.normalize_linear import NormalizeLinearPass
+from sparsify.passes.split.choice_loss import choose
+from sparsify.passes.training_graph import TracingInterpreter, expert_outputs, routed_ffns
+
+IDS = torch.randint(0, 256, (2, 8))
+
+
+def converted() -> tuple[SparseModel, set[str]]:
+    """A converted encoder, and the names of the nodes of the dense one."""
+    torch.manual_seed(0)
+    model = Bert(BertConfig()).eval()
+    sparse = sparsify(model, IDS, num_experts=4, top_k=2, num_shared_experts=0, select="all")
+    graph_module = NormalizeLinearPass()(capture(model, (IDS,))).graph_module
+    return sparse, {node.name for node in graph_module.graph.nodes}
+
+
+@torch.no_grad()
+def test_the_outputs_of_the_chosen_experts_add_up() -> None:
+    """Protects: gains are computed from what the experts of this layer really add."""
+    sparse, names = converted()
+    for ffn in routed_ffns(sparse, names):
+        flat = ffn.router_call.all_input_nodes[0].name
+        interpreter = TracingInterpreter(sparse, [flat, ffn.mixed.name])
+        interpreter.run(IDS, enable_io_processing=False)
+        x = interpreter.kept[flat]
+        chosen = choose(sparse.routers[ffn.name].logits(x), 2)
+        added = expert_outputs(ffn, x, 4)
+        expected = (added * chosen.unsqueeze(2)).sum(1)
+        torch.testing.assert_close(interpreter.kept[ffn.mixed.name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_hidden_state_is_behind_the_residual_connection() -> None:
+    """Protects: the value that both models call the same is compared, not the bare output of the FFN."""
+    sparse, names = converted()
+    ffns = routed_ffns(sparse, names)
+    assert [ffn.name for ffn in ffns] == ["layers.0.ffn", "layers.1.ffn"]
+    assert all(ffn.hidden.name in names and str(ffn.hidden.target).startswith("aten.add") for ffn in ffns)
+
+
+def test_detached_nodes_send_no_gradient_back() -> None:
+    """Protects: training within blocks."""
+    sparse, names = converted()
+    first, second = routed_ffns(sparse, names)
+    for detach in ([], [first.hidden.name]):
+        interpreter = TracingInterpreter(sparse, [second.hidden.name], detach=detach)
+        interpreter.run(IDS, enable_io_processing=False)
+        parameter = sparse.get_parameter("layers.0.ffn.experts.down_proj")
+        hidden = interpreter.kept[second.hidden.name]
+        (gradient,) = torch.autograd.grad(hidden.sum(), parameter, allow_unused=True)
+        assert (gradient is None) == bool(detach)
