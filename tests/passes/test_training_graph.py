@@ -10,6 +10,7 @@ from sparsify.passes.capture import capture
 from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.split.choice_loss import choose
 from sparsify.passes.training_graph import TracingInterpreter, expert_outputs, routed_ffns
+from sparsify.routers import UnitRouter
 
 IDS = torch.randint(0, 256, (2, 8))
 
@@ -32,7 +33,9 @@ def test_the_outputs_of_the_chosen_experts_add_up() -> None:
         interpreter = TracingInterpreter(sparse, [flat, ffn.mixed.name])
         interpreter.run(IDS, enable_io_processing=False)
         x = interpreter.kept[flat]
-        chosen = choose(sparse.routers[ffn.name].logits(x), 2)
+        router = sparse.routers[ffn.name]
+        assert isinstance(router, UnitRouter)
+        chosen = choose(router.logits(x), 2)
         added = expert_outputs(ffn, x, 4)
         expected = (added * chosen.unsqueeze(2)).sum(1)
         torch.testing.assert_close(interpreter.kept[ffn.mixed.name], expected, rtol=1e-4, atol=1e-5)
