@@ -147,6 +147,12 @@ def _check(sparse: object, steps: int, train: str, through: str, learning_rate: 
             f"distill needs a SparseModel, got {type(sparse).__name__}; a model that was converted in parts has no "
             "graph: train it as any other module"
         )
+    others = {name: router.system.name for name, router in sparse.routers.items() if not isinstance(router, UnitRouter)}
+    if others:
+        raise ValueError(
+            f"distill teaches routers that give every chosen expert the weight 1, as 'mlp' does, not {others}; their "
+            "routing weights pass a gradient on, so train them in a loop of your own: loss + sparse.aux_loss()"
+        )
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if train not in ("experts", "routers"):

@@ -99,5 +99,8 @@ def test_refusals(dense: nn.Module, batches: list[Tensor], folder: Path) -> None
         distill(sparse, dense, batches, steps=1, train="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="learning_rate must be above 0"):
         distill(sparse, dense, batches, steps=1, learning_rate=0.0)
+    copies = sparsify(dense, batches[0][:2, :5], start="upcycle", router="switch", num_experts=2, top_k=1, select="all")
+    with pytest.raises(ValueError, match=r"weight 1, as 'mlp' does, not {.*'switch'.*loss \+ sparse.aux_loss"):
+        distill(copies, dense, batches, steps=1)
     with pytest.raises(ValueError, match="is not the model that was converted"):
         distill(sparse, nn.Embedding(256, 4), batches, steps=1)
