@@ -67,9 +67,10 @@ def refuse_non_causal(parts: Sequence[FFNPart], plan: ConversionPlan, config: Sp
         CausalityError: with what to change.
     """
     planned = {layer.name for layer in plan.layers if layer.converts}
+    if config.allow_non_causal or config.shared == config.top_k or not planned:
+        return
     routed = (config.num_experts - config.shared, config.top_k - config.shared)
-    router = make_router(config.router_name, 8, *routed, config.options, seed=0)
-    if config.allow_non_causal or router.causal or not planned:
+    if make_router(config.router_name, 8, *routed, config.options, seed=0).causal:
         return
     causal = [name for part in parts for name in causal_ffns(part.graph_module, part.matches, part.example)]
     refused = [name for name in causal if name in planned]

@@ -129,7 +129,9 @@ def quantization_error(sparse: SparseModel, path: Path) -> QuantizationError:
     flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
     unfuse_moe(sparse, flat.graph)
     proto = _load(path)
-    flat, layers, file_layers = _named_as_in(proto, path, flat), find_layers(flat.root, flat.graph), read_layers(proto)
+    layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
+    own = len(flat.output_names)  # routes may follow
+    flat = _with_outputs_of(proto, path, flat, layers)
     cuda = read_target(proto) == "ort-cuda" and torch.cuda.is_available()
     _add_expert_ids(proto, file_layers)
     ids = [layer.expert_ids for layer in file_layers]
@@ -141,7 +143,7 @@ def quantization_error(sparse: SparseModel, path: Path) -> QuantizationError:
             for ours, theirs in zip(reference.expert_ids, found, strict=False):
                 equal = (ours.cpu().sort(-1).values == theirs.sort(-1).values).all(-1)  # [T]
                 same, decisions = same + int(equal.sum()), decisions + len(equal)
-            errors = map(_l2_error, reference.outputs, found[len(ids) :])
+            errors = map(_l2_error, reference.outputs[:own], found[len(ids) :])
             error = max(error, *errors)
         del session
     if not math.isfinite(error):
@@ -170,11 +172,9 @@ def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
             "routers may choose other experts; the report of its export says how much. Export it without "
             "quantize_experts to compare"
         )
-    flat = _named_as_in(proto, path, flat)
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     _check_layers(path, layers, file_layers)
-    if has_routing_outputs([output.name for output in proto.graph.output], layers):
-        flat = with_routing_outputs(flat, layers)
+    flat = _with_outputs_of(proto, path, flat, layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
     _add_expert_ids(proto, file_layers)
     with _stored(proto) as probe:
@@ -210,8 +210,10 @@ def _load(path: Path) -> onnx.ModelProto:
         raise LoadError(f"{path} is no ONNX file, or is damaged: {error}; export the model again") from error
 
 
-def _named_as_in(proto: onnx.ModelProto, path: Path, flat: FlatGraph) -> FlatGraph:
-    """The names of inputs and outputs may have been chosen at the export; their order is that of the model."""
+def _with_outputs_of(proto: onnx.ModelProto, path: Path, flat: FlatGraph, layers: Sequence[Layer]) -> FlatGraph:
+    """Routes may be outputs too, and names may have been chosen at the export; the order is that of the model."""
+    if has_routing_outputs([output.name for output in proto.graph.output], layers):
+        flat = with_routing_outputs(flat, layers)
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value.name for value in proto.graph.input if value.name not in stored]
     outputs = [value.name for value in proto.graph.output]

@@ -279,7 +279,7 @@ def test_files_of_others_are_not_overwritten(tmp_path):
             ["tiny_factory:model", "--experts", "4", "--top-k", "5"],
             "top_k must be between 1 and num_experts (4), got 5",
         ),
-        (["tiny_factory:model", "--shared", "4"], "num_shared_experts must be between 0 and top_k - 1 (3)"),
+        (["tiny_factory:model", "--shared", "5"], "num_shared_experts must be between 0 and top_k (4)"),
         (["tiny_factory:model", "--calibration", "nosuch.txt"], "no calibration text at nosuch.txt"),
         (["minilm", "--no-calibration", "--calibration", "x"], "contradict each other"),
         (["tiny_factory:model", "--select", "nosuch.*", "--experts", "4"], "nosuch.*"),

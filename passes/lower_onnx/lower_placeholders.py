@@ -24,6 +24,7 @@ _PLACEHOLDERS: dict[str, Callable[[ir.Node, Tape], Sequence[ir.Value]]] = {
     "Combine": lower_combine,
     "MoE": lower_moe_op,
 }
+_SEQUENCE_OPS = ("SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase")
 _PARTS = {"Dispatch": "dispatch", "ExpertLinear": "experts", "Combine": "combine", "MoE": "experts"}
 _LAYERS: dict[Lowering, Callable[[ExpertRegion], None]] = {
     "expert_chain": lower_expert_chain,
@@ -56,6 +57,8 @@ def lower_placeholders(model: ir.Model) -> None:
     common.NameFixPass()(model)
     # onnxruntime loads a file a fifth faster whose shapes are all noted. What the exporter knows better stays.
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    for value in (value for node in model.graph if node.op_type in _SEQUENCE_OPS for value in node.outputs):
+        value.type, value.shape = None, None  # the exporter takes a sequence for a tensor, which onnxruntime refuses
 
 
 def _lower(graph: ir.Graph, node: ir.Node) -> None:
