@@ -243,9 +243,11 @@ def _layer_losses(
     weight = 1 / theirs.var(1, correction=0).clamp(min=1e-12) / theirs.shape[1]
     error = theirs - ours  # [T, D_out]
     loss = (weight * error.square().sum(1)).mean()
-    router: UnitRouter = sparse.get_submodule(f"{ffn.name}.router")  # type: ignore[assignment]
+    router = sparse.get_submodule(f"{ffn.name}.router")
+    if not isinstance(router, UnitRouter) or router.top_k == router.num_experts:
+        return loss, loss.new_zeros(())
     flat = select_tokens(kept[ffn.router_call.all_input_nodes[0].name], call.mask)
-    if router.top_k == router.num_experts or len(flat) != len(error):
+    if len(flat) != len(error):
         return loss, loss.new_zeros(())
     rows = torch.arange(0, len(flat), -(-len(flat) // _ROUTED_TOKENS))
     x, error, weight = flat.detach()[rows], error.detach()[rows], weight[rows]
