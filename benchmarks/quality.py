@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from unittest import mock
 
 import torch
@@ -29,6 +29,7 @@ from quality_tables import plot, tables
 
 from sparsify import SparseModel, distill, sparsify
 from sparsify.bench import describe_machine, read_machine
+from sparsify.models.text import Split
 
 _BUDGETS = (0.125, 0.25, 0.5, 0.75)
 _EXPERT_SIZE = 48  # neurons
@@ -52,7 +53,7 @@ def main(
     unknown = [name for name in method or () if name not in METHODS]
     if unknown or split not in ("held_out", "development"):
         raise typer.BadParameter(f"{unknown or split} is not known; methods are {', '.join(METHODS)}")
-    subject = load_subject(model, split, eval_text)  # type: ignore[arg-type]
+    subject = load_subject(model, cast("Split", split), eval_text)
     file = out / f"{model}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     table: dict[str, Any] = {"machine": describe_machine(read_machine(with_onnxruntime=False)), "data": subject.data}
@@ -134,7 +135,7 @@ def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: lis
         shared = {name: method.num_shared(experts, k) for name, k in uneven}
         options["overrides"] = {name: {"top_k": k, "num_shared_experts": shared[name]} for name, k in uneven}
     # Another function in the place of ours: the rest of the pipeline is the same for all.
-    with mock.patch("sparsify.passes.convert.split_ffn", method.split):
+    with mock.patch("sparsify.passes.make_experts.split_ffn", method.split):
         calibration = batches if method.calibrates else None
         return sparsify(subject.model, (), subject.example, calibration=calibration, **options)
 

@@ -251,7 +251,7 @@ def importance_by_layer(subject: Subject, batches: list[Any], experts: int) -> d
         found.append(scores[: len(scores) // experts * experts].view(experts, -1).mean(1))
         return split_ffn(dense, original, fit, measured, config, may_refit=False)
 
-    with mock.patch("sparsify.passes.convert.split_ffn", record):
+    with mock.patch("sparsify.passes.make_experts.split_ffn", record):
         options: dict[str, Any] = {"num_experts": experts, "top_k": experts, "select": "all"}
         options["num_shared_experts"] = experts  # nothing is routed, so no router is trained
         sparse = sparsify(subject.model, (), subject.example, calibration=batches[:8], **options)

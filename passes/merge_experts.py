@@ -68,7 +68,16 @@ def merge_experts(
 
     Returns:
         A graph module with the inputs and outputs of `sparse`.
+
+    Raises:
+        ValueError: experts run on mixtures of tokens (Soft MoE).
     """
+    mixed = [name for name, module in sparse.named_modules() if isinstance(module, Router) and module.mixes]
+    if mixed:
+        raise ValueError(
+            f"the experts behind {', '.join(mixed)} run on mixtures of tokens, and no FFN of single tokens does what "
+            "they do; a dense model is there for every other router"
+        )
     dense = fx.GraphModule(sparse, copy.deepcopy(sparse.graph))
     unfuse_moe(dense, dense.graph)
     totals = _total_weights(sparse, args, kwargs)

@@ -209,6 +209,9 @@ class SparseModel(fx.GraphModule):
         A split gives the dense model back that `set_top_k(num_experts)` computes, which is the original one with
         `refit=False`. Copies are averaged: exact until they are trained, and a loss of quality afterwards that
         you have to measure. What is not an expert is shared with this model.
+
+        Raises:
+            ValueError: experts run on mixtures of tokens (Soft MoE).
         """
         from sparsify.passes.merge_experts import merge_experts
 

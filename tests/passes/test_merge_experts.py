@@ -76,3 +76,11 @@ def test_trained_copies_are_averaged() -> None:
     merged = next(p for name, p in sparse.to_dense().named_parameters() if name.endswith("dense.up_proj"))
     torch.testing.assert_close(merged, expected)
     assert torch.equal(up, before)
+
+
+def test_mixtures_of_tokens_have_no_dense_model() -> None:
+    """Protects: the refusal says why, instead of a model that computes something else."""
+    tokens = torch.randn(2, 5, X.shape[-1])
+    sparse = sparsify(Block(), (tokens,), start="upcycle", router="soft-moe", num_experts=2, top_k=1, select="all")
+    with pytest.raises(ValueError, match="run on mixtures of tokens"):
+        sparse.to_dense()
