@@ -71,6 +71,7 @@ class Task:
     held_out: Sequence[Batch]
     quality: Callable[[Tensor, Tensor], Tensor]
     has_ids: bool
+    tokens: int  # of an input
 
 
 def main(
@@ -82,7 +83,11 @@ def main(
 ) -> None:
     """Train what is missing, and write the tables."""
     torch.set_num_threads(1)  # seconds a step are those of one core
-    names = [DENSE, *(systems.split(",") if systems else [router.system.name for router in ROUTERS])]
+    known = [router.system.name for router in ROUTERS]
+    unknown = set(systems.split(",")) - {*known, ""}
+    if unknown:
+        raise typer.BadParameter(f"no system is called {', '.join(sorted(unknown))}; `sparsify routers` lists them")
+    names = [DENSE, *(systems.split(",") if systems else known)]
     chosen = [task() for name, task in TASKS.items() if name in tasks.split(",")]
     runs = [(task, name, seed) for seed in SEEDS for task in chosen for name in names]
     first, every = (int(number) for number in part.split("/"))
@@ -136,6 +141,7 @@ def gpt() -> Task:
         held_out=[batch([part[i : i + 32] for part in held_out]) for i in range(0, 128, 32)],
         quality=lambda logits, targets: nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten()),
         has_ids=True,
+        tokens=length,
     )
 
 
@@ -172,20 +178,25 @@ def vit() -> Task:
         held_out=[Batch(images[i : i + 64], answers[i : i + 64], None) for i in range(0, cut - 63, 64)],
         quality=lambda logits, targets: (logits.argmax(-1) == targets).float().mean() * 100,
         has_ids=False,
+        tokens=17,
     )
 
 
 TASKS: dict[str, Callable[[], Task]] = {"gpt": gpt, "vit": vit}
 
 
-def settings(name: str) -> dict[str, Any]:
-    """Options of the conversion: copies of the FFN where the system allows it, exact at the start where it can be."""
+def settings(name: str, tokens: int) -> dict[str, Any]:
+    """Options of the conversion: copies of the FFN where the system allows it, exact at the start where it can be.
+
+    Soft MoE has as many slots as an input has tokens, so that it costs what the dense model does.
+    """
     router = next(router for router in ROUTERS if router.system.name == name)
     if issubclass(router, UnitRouter):
         return {"router": name, "start": "split", "num_experts": EXPERTS, "top_k": EXPERTS // 2}
     experts = COUNTS.get(name, EXPERTS)
-    made = make_router(name, 8, experts, router.default_top_k, {}, seed=0)
-    given = {"router": name, "start": "upcycle", "num_experts": experts, "top_k": router.default_top_k}
+    top_k = tokens // experts if name == "soft-moe" else router.default_top_k
+    made = make_router(name, 8, experts, top_k, {}, seed=0)
+    given = {"router": name, "start": "upcycle", "num_experts": experts, "top_k": top_k}
     return {**given, "exact_start": made.start_sum is None}
 
 
@@ -202,7 +213,7 @@ def _try(task: Task, name: str, seed: int, output: Path) -> str | None:
 
 def _run_once(task: Task, name: str, seed: int, output: Path) -> None:
     path = output / "runs" / f"{task.name}-{name.replace(', ', '-')}-{seed}.json"
-    options = {} if name == DENSE else settings(name)
+    options = {} if name == DENSE else settings(name, task.tokens)
     key = {"task": task.name, "system": name, "seed": seed, "steps": task.steps, "options": options}
     if path.exists() and json.loads(path.read_text())["key"] == json.loads(json.dumps(key)):
         return
