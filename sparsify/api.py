@@ -232,7 +232,7 @@ def _config(config: SparsifyConfig | None, options: dict[str, Any]) -> SparsifyC
 
 
 def _refuse_contradiction(plan: ConversionPlan | None, options: dict[str, Any]) -> None:
-    planned = ("num_experts", "top_k", "num_shared_experts", "select", "overrides")
+    planned = ("num_experts", "top_k", "num_shared_experts", "expert_widths", "select", "overrides")
     clash = [name for name in planned if name in options]
     if plan is not None and clash:
         raise ValueError(f"plan= already says what {', '.join(clash)} would; give the plan or the options, not both")
