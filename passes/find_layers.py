@@ -157,7 +157,8 @@ def _read_layer(root: fx.GraphModule, dispatch: Node) -> Layer:
     if activation.gate:
         projections = tuple(reversed(projections))
     first, second = _weight(root, projections[0]), _weight(root, down)
-    router, units = router_of(root, dispatch), _module_of(root, dispatch.args[1])
+    ids: Any = dispatch.args[1]
+    router, units = router_of(root, dispatch), _module_of(root, ids)
     sizes = units.sizes if isinstance(units, ExpertUnits) else None
     facts = LayerFacts(
         num_experts=first.shape[0],

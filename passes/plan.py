@@ -109,8 +109,9 @@ class ConversionPlan:
 
 
 def _read_layer(document: Mapping[str, Any]) -> LayerPlan:
-    layer = LayerPlan(**{**document, "expert_widths": tuple(document.get("expert_widths", ()))})
-    return replace(layer, times=tuple(LayerTime(**time) for time in document.get("times", ())))
+    layer = LayerPlan(**document)
+    times = tuple(LayerTime(**time) for time in document.get("times", ()))
+    return replace(layer, times=times, expert_widths=tuple(document.get("expert_widths", ())))
 
 
 def make_plan(matches: Sequence[FFNMatch], config: SparsifyConfig) -> ConversionPlan:

@@ -311,7 +311,7 @@ def _widths(text: str) -> list[int]:
     return [int(width) for width in text.split(",")]
 
 
-def _override(text: str) -> tuple[str, dict[str, int | list[int]]]:
+def _override(text: str) -> tuple[str, dict[str, Any]]:
     if re.fullmatch(r".+:\w+=-?\d+(\+\d+)*(,\w+=-?\d+(\+\d+)*)*", text) is None:
         raise ValueError(
             "--override takes a pattern and numbers, such as '*.11.*:num_experts=8,top_k=2' for the FFNs with .11. in "

@@ -49,7 +49,7 @@ class LayerOptions:
 _DEFAULT_EXPERTS = 16
 
 # Glob pattern on names -> fields of LayerOptions. A config keeps them as pairs with LayerOptions, to be hashable.
-Overrides = Union["Mapping[str, Mapping[str, Any]]", "tuple[tuple[str, LayerOptions | Mapping[str, int]], ...]"]
+Overrides = Union["Mapping[str, Mapping[str, Any]]", "tuple[tuple[str, LayerOptions | Mapping[str, Any]], ...]"]
 
 
 Start = Literal["split", "upcycle", "shared"]

@@ -62,7 +62,7 @@ class ExpertRegion:
         return input_of(self.combine, 1 if self.units is None else 3)
 
     def take_whole_experts(self) -> None:
-        """From now on dispatch and combine work on experts, not on their units; the weights are still those of units."""
+        """From now on dispatch and combine work on experts, not on units; the weights are still those of units."""
         sizes = self.units
         if sizes is None:
             return

@@ -134,7 +134,7 @@ class _Block(nn.Module):
         return choice_gains(inner, squares.t() + self.expert_bias.square().sum(1), chosen)
 
     def _by_width(self, routed: Tensor, columns: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
-        """n experts of one width at a time: which, their neurons `[n, T, w]` and columns `[n, w, D_out]`.
+        """The n experts of each width, their neurons `[n, T, w]` and columns `[n, w, D_out]`.
 
         From `[T, U, m]` and `[U, m, D_out]`.
         """

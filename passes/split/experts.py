@@ -67,7 +67,7 @@ class Experts:
     @property
     def owners(self) -> Tensor:
         """`[U]`: the expert of each unit."""
-        sizes = torch.tensor(self.sizes or [1] * self.num_units, device=self.down.device)
+        sizes = torch.tensor(self.sizes or [1] * self.num_units, dtype=torch.int64, device=self.down.device)
         return torch.arange(len(sizes), device=self.down.device).repeat_interleave(sizes)
 
     def of_one_width(self) -> list[tuple[Tensor, Tensor]]:

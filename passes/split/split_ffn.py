@@ -148,7 +148,7 @@ def _prune(
 def _choose(
     profiles: Tensor, scores: Tensor, config: SparsifyConfig
 ) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
-    """Neurons of the shared experts `[s]`, of the routed units `[U, m]`, and the units of each expert if they differ."""
+    """Neurons of the shared experts `[s]` and of the units `[U, m]` of routed ones; units of each, if these differ."""
     if config.expert_widths is None:
         neurons = choose_neurons(profiles, scores, config.num_experts, config.shared, config.seed)
         return neurons[: config.shared].flatten(), neurons[config.shared :], None
