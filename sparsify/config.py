@@ -360,7 +360,7 @@ def _read_options(pattern: object, given: object) -> LayerOptions:
         return given
     allowed = ", ".join(field.name for field in fields(LayerOptions))
     if not isinstance(given, Mapping) or set(given) - {field.name for field in fields(LayerOptions)}:
-        raise ValueError(f"overrides[{pattern!r}] must give some of {allowed}, got {given!r}")
+        raise ValueError(f"overrides[{pattern!r}] must give numbers for some of {allowed}, got {given!r}")
     try:
         return LayerOptions(**given)
     except ValueError as error:

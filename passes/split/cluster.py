@@ -36,6 +36,8 @@ def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, places: Sequ
     sizes = np.array(places or [-(-len(features) // num_clusters)] * num_clusters)
     generator = torch.Generator().manual_seed(seed)
     centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]]
+    if (sizes != sizes[0]).any():
+        centroids = _by_size(features, centroids, sizes)
     labels = _nearest(features, centroids, sizes)
     for _ in range(_MAX_STEPS):
         centroids = _means(features, labels, centroids)
@@ -48,6 +50,15 @@ def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, places: Sequ
         members = (labels == cluster).nonzero().flatten()
         clusters[cluster, : len(members)] = members
     return clusters
+
+
+def _by_size(points: Tensor, centroids: Tensor, sizes: np.ndarray) -> Tensor:
+    """The centroids `[c, d]` in another order: the more points are nearest to one, the more places its cluster has."""
+    free = _nearest(points, centroids, np.full(len(sizes), len(points)))
+    crowded = torch.bincount(free, minlength=len(sizes)).argsort(descending=True, stable=True)
+    ordered = torch.empty_like(centroids)
+    ordered[torch.from_numpy(np.argsort(-sizes, kind="stable"))] = centroids[crowded]
+    return ordered
 
 
 def _nearest(points: Tensor, centroids: Tensor, sizes: np.ndarray) -> Tensor:
