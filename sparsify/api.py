@@ -228,7 +228,7 @@ def _convert_whole(
 def _config(config: SparsifyConfig | None, options: dict[str, Any]) -> SparsifyConfig:
     if config is None:
         return SparsifyConfig(**options)
-    return replace(config, **options)
+    return config.with_options(**options)
 
 
 def _refuse_contradiction(plan: ConversionPlan | None, options: dict[str, Any]) -> None:

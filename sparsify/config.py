@@ -264,11 +264,24 @@ class SparsifyConfig:
         """
         changes: dict[str, Any] = {}
         for pattern, options in self.layer_options:
-            if not fnmatch.fnmatchcase(name, pattern):
-                continue
-            equal = {"expert_widths": None} if options.num_experts is not None else {}
-            changes |= equal | {field: value for field, value in vars(options).items() if value is not None}
+            if fnmatch.fnmatchcase(name, pattern):
+                changes |= _with_the_other({k: value for k, value in vars(options).items() if value is not None})
         return replace(self, overrides=(), **changes)
+
+    def with_options(self, **options: Any) -> SparsifyConfig:
+        """The config with other values of some fields; of `num_experts` and `expert_widths`, the one given counts.
+
+        Raises:
+            ValueError: says what was given and what is allowed.
+        """
+        return replace(self, **_with_the_other(options))
+
+
+def _with_the_other(options: dict[str, Any]) -> dict[str, Any]:
+    """`num_experts` follows from `expert_widths`; alone, it means equal parts."""
+    if options.get("expert_widths") is not None:
+        return {"num_experts": _DEFAULT_EXPERTS, **options}
+    return {"expert_widths": None, **options} if "num_experts" in options else options
 
 
 def _read_tokens(given: object) -> tuple[int, ...]:

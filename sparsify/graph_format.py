@@ -249,7 +249,7 @@ def _decode_target(op: object, target: object, owned: dict[str, set[str]]) -> st
 def _check_owned(target: object, owned: set[str]) -> str:
     path = check_path(target)
     if path not in owned:
-        raise FormatError(f"{path} is used but is none of the parameters, buffers and modules that a graph may name")
+        raise FormatError(f"{path} is used but is no parameter, buffer, graph module, router or its units")
     return path
 
 

@@ -105,3 +105,19 @@ def test_a_config_is_made_again_from_its_fields() -> None:
     config = SparsifyConfig(select=("a", "b"), overrides={"a": {"num_experts": 8}, "*": {"top_k": 2}})
     assert SparsifyConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert dataclasses.replace(config, seed=1).overrides == config.overrides
+
+
+def test_num_experts_and_widths_follow_each_other() -> None:
+    """Protects: whichever of the two is given last counts, for the whole config and in overrides; JSON and back."""
+    widths = SparsifyConfig(expert_widths=[768, 384, 384], top_k=2)
+    assert (widths.num_experts, widths.shared, widths.expert_widths) == (3, 1, (768, 384, 384))
+    assert widths.widths_of(1536) == (768, 384, 384)
+    parts = widths.with_options(num_experts=8)
+    assert (parts.num_experts, parts.expert_widths, parts.widths_of(70)) == (8, None, (9,) * 8)
+    assert parts.with_options(expert_widths=[64, 32], top_k=1).num_experts == 2
+    assert widths.with_options(top_k=3).expert_widths == (768, 384, 384)
+    assert SparsifyConfig(**json.loads(json.dumps(dataclasses.asdict(widths)))) == widths
+    overrides = {"a*": {"expert_widths": [8, 4]}, "ab": {"num_experts": 6}}
+    mixed = SparsifyConfig(num_experts=4, top_k=2, overrides=overrides)
+    assert [mixed.for_layer(name).expert_widths for name in ("a", "ab", "b")] == [(8, 4), None, None]
+    assert [mixed.for_layer(name).num_experts for name in ("a", "ab", "b")] == [2, 6, 4]

@@ -190,7 +190,7 @@ def test_claim_19_in_onnxruntime(uneven: tuple[SparseModel, Tensor], lowering: A
         model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString())
     y, *rows = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    multiplied = sum(len(part) * sizes[node.input[1]] for part, node in zip(rows, products, strict=True))
+    multiplied = sum(len(np.asarray(part)) * sizes[node.input[1]] for part, node in zip(rows, products, strict=True))
     assert multiplied == macs_by_loads(loads)
     torch.testing.assert_close(torch.from_numpy(y).double(), expected, rtol=1e-4, atol=1e-5)
     widest = max(sizes[node.input[1]] for node in products)
