@@ -42,7 +42,7 @@ from sparsify.passes.thread_ids import IdSource, thread_ids
 from sparsify.passes.token_layout import group_size
 from sparsify.passes.upcycle_ffn import starts_exact
 from sparsify.passes.verify import check_receipt
-from sparsify.routers import Router, router_class
+from sparsify.routers import MergingRouter, Router, router_class
 
 _SYNTHETIC_TOKENS = 4096
 _SMALLEST_VARIANCE = 1e-4  # of the hidden state of a token, relative to the mean: a bound for its weight
@@ -58,8 +58,9 @@ class ConvertedLayer:
         gap: the start is not exact, as routing weights scale experts or tokens are left out; `error` says by how much.
         num_parameters: of experts and router.
         router_flops: per token, 2 per multiply-add.
-        group: how many tokens compete for its experts at the example inputs, for a router that reads groups; 0 where
-            these are all tokens of a call, None for any other router.
+        group: how many tokens compete for its experts, or share a merged one, at the example inputs, for a router that
+            reads groups; 0 where these are all tokens of a call, None for any other router.
+        merges: the tokens of a group share merged experts.
         unfused: why its experts run as a chain of ops, not as one; None where they are one.
     """
 
@@ -72,6 +73,7 @@ class ConvertedLayer:
     error_before_refit: float | None
     tokens_per_expert: tuple[int, ...]
     group: int | None = None
+    merges: bool = False
     unfused: str | None = None
 
 
@@ -138,7 +140,7 @@ def convert(
         insertion = InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad, id_nodes)
         insertion.requires(graph_module)
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
-        results[match.name] = replace(_summary(result, options, len(measured.x)), group=group)
+        results[match.name] = _summary(result, options, len(measured.x), group)
         del original, dense, sample, fit, measured, result
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
@@ -176,18 +178,32 @@ def _check_group(router: Router | None, group: int | None, name: str) -> None:
         raise SelectionError(f"{name}: {error}") from error
 
 
-def _summary(result: SplitResult, options: SparsifyConfig, tokens: int) -> ConvertedLayer:
+def _summary(result: SplitResult, options: SparsifyConfig, tokens: int, group: int | None) -> ConvertedLayer:
     router = [] if result.router is None else list(result.router.parameters())
     return ConvertedLayer(
         neurons_per_token=_neurons_per_token(result, tokens),
         gap=result.router is not None and options.start != "shared" and not starts_exact(result.router),
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
-        router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
+        router_flops=_router_flops(result, group or tokens),
         receipt=result.receipt,
         error=result.error,
         error_before_refit=result.error_before_refit,
         tokens_per_expert=result.tokens_per_expert,
+        group=group,
+        merges=isinstance(result.router, MergingRouter),
     )
+
+
+def _router_flops(result: SplitResult, group: int) -> int:
+    """Per token; experts are merged once for a segment of a `group` of tokens."""
+    router, experts = result.router, result.experts
+    if router is None:
+        return 0
+    flops = 2 * sum(parameter.numel() for parameter in router.parameters() if parameter.dim() == 2)
+    if not isinstance(router, MergingRouter):
+        return flops
+    merged = sum(weight.numel() for weight in (*experts.projections, experts.down))
+    return -(-(flops + 2 * merged) // max(1, int(min(router.segment(group), group))))
 
 
 def _neurons_per_token(result: SplitResult, tokens: int) -> int:
@@ -196,7 +212,7 @@ def _neurons_per_token(result: SplitResult, tokens: int) -> int:
     always = 0 if experts.shared is None else experts.shared.down.weight.shape[1]
     if router is None:
         return always
-    varies = router.num_slots != router.top_k and tokens > 0
+    varies = router.num_slots != router.top_k and tokens > 0 and not router.merges
     active = sum(result.tokens_per_expert) / tokens if varies else router.top_k
     return round(active * experts.down.shape[2]) + always
 

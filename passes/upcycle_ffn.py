@@ -58,7 +58,7 @@ def upcycle_ffn(
 
 def starts_exact(router: Router) -> bool:
     """Copies behind it are the dense FFN: the weights are known, and no token is left out for the sake of others."""
-    return router.start_sum is not None and router.batch_invariant
+    return router.start_sum is not None and (router.batch_invariant or router.merges)
 
 
 def _make_router(dense: DenseFFN, config: SparsifyConfig) -> Router:

@@ -207,6 +207,11 @@ class SparsifyConfig:
                 )
 
     def _check_router(self, router: Router) -> None:
+        if router.merges and self.start == "split":
+            raise ValueError(
+                f"router={self.router_name!r} averages the weights of its experts, which only copies of the whole FFN "
+                "allow; use start='upcycle'"
+            )
         if self.start != "split" and isinstance(router, UnitRouter):
             raise ValueError(
                 f"router={self.router_name!r} passes no gradient on, so it cannot learn to choose among copies; choose "

@@ -7,6 +7,7 @@ from sparsify.routers.catalogue import ROUTERS, describe_routers, make_router, r
 from sparsify.routers.group_routers import GroupRouter
 from sparsify.routers.id_routers import IdRouter, LabelRouter
 from sparsify.routers.linear_router import LinearRouter
+from sparsify.routers.merging_routers import MergingRouter
 from sparsify.routers.mlp_router import MLPRouter
 from sparsify.routers.policy_routers import PolicyRouter
 from sparsify.routers.token_choice import TokenChoiceRouter
@@ -19,6 +20,7 @@ __all__ = [
     "LabelRouter",
     "LinearRouter",
     "MLPRouter",
+    "MergingRouter",
     "PolicyRouter",
     "Router",
     "System",

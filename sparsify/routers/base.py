@@ -52,6 +52,7 @@ class Router(nn.Module, abc.ABC):
     reads_ids: ClassVar[bool] = False  # `forward` wants an integer for every token
     reads_groups: ClassVar[bool] = False  # tokens of a group compete: `forward` is given `[G, .., D]`
     mixes: ClassVar[bool] = False  # experts run on mixtures of tokens: see `SoftMoERouter.forward`
+    merges: ClassVar[bool] = False  # experts are merged into one: see `MergingRouter.forward`
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()

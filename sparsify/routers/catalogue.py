@@ -20,6 +20,7 @@ from sparsify.routers.hash_router import HashRouter
 from sparsify.routers.label_routers import DEMixRouter, MMoERouter, TaskMoERouter
 from sparsify.routers.limoe_router import LIMoERouter
 from sparsify.routers.m6_t_router import M6TRouter
+from sparsify.routers.merging_routers import LoryRouter, SmearRouter
 from sparsify.routers.mixture_of_depths_router import MixtureOfDepthsRouter
 from sparsify.routers.mlp_router import MLPRouter
 from sparsify.routers.noisy_top_k_router import NoisyTopKRouter
@@ -57,6 +58,8 @@ ROUTERS: tuple[type[Router], ...] = (
     ExpertChoiceRouter,
     MixtureOfDepthsRouter,
     SoftMoERouter,
+    SmearRouter,
+    LoryRouter,
     PeerRouter,
     NoisyTopKRouter,
     SwitchRouter,
