@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 
 from sparsify.config import SparsifyConfig
 from sparsify.errors import SelectionError
+from sparsify.passes.branches import Branch
 from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.find_layers import find_layers
 from sparsify.passes.fuse_moe import FuseMoEPass, why_not_fused
@@ -89,6 +90,7 @@ def convert(
     *,
     consume: bool = False,
     ids: IdSource | None = None,
+    branches: Sequence[Branch] = (),
 ) -> tuple[dict[str, ConvertedLayer], int]:
     """Convert the planned FFNs in place.
 
@@ -102,6 +104,7 @@ def convert(
         progress: called with the number of layers done and in all.
         consume: free the dense weights of every layer once it is converted, wherever else they are held.
         ids: the input that ids of tokens come from, for a router that reads them.
+        branches: models whose FFNs become experts, in their order; none: copies or parts of the FFNs in the graph.
 
     Returns:
         The result of every converted FFN by name, and the number of calibration tokens.
@@ -133,7 +136,8 @@ def convert(
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
-        result = make_experts(dense, original, fit, measured, options, may_refit=calibration is not None)
+        copied = [branch.read(match.name) for branch in branches]
+        result = make_experts(dense, original, fit, measured, options, copied, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
         _check_group(result.router, group, match.name)
         before, last_down = list(graph_module.parameters()), [site.down for site in match.sites][-1]
@@ -141,7 +145,7 @@ def convert(
         insertion.requires(graph_module)
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
         results[match.name] = _summary(result, options, len(measured.x), group)
-        del original, dense, sample, fit, measured, result
+        del original, dense, sample, fit, measured, result, copied
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
         _free(outdated, graph_module)

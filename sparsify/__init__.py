@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsify.api import Inspection, inspect, sparsify
+from sparsify.average_models import average_models
 from sparsify.config import SparsifyConfig
 from sparsify.distillation import DistillReport, distill
 from sparsify.partial_model import PartialSparseModel
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "SparseModel",
     "SparsifyConfig",
+    "average_models",
     "distill",
     "export_onnx",
     "inspect",
