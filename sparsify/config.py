@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
-from sparsify.routers import LinearRouter, Router, UnitRouter, make_router, router_class
+from sparsify.routers import LinearRouter, Reads, Router, UnitRouter, make_router
 
 if TYPE_CHECKING:
     from sparsify.passes.match_ffn import FFNMatch
@@ -59,9 +59,10 @@ class SparsifyConfig:
             many as `top_k`: static pruning, no part is routed. Only for "split".
         router: a name of the catalogue (`sparsify routers`). None: "mlp" for "split", else "top-k".
         router_options: further arguments of the router's constructor.
-        ids_input: the input of the model whose integers a router reads that goes by ids or labels. None: token ids are
-            those that the largest embedding reads, labels are the input "expert_labels". A keyword input that the model
-            does not have is added to the `SparseModel`: give its example with the others.
+        ids_input: the input of the model that a router reads beside the tokens: integers, or an embedding. None: token
+            ids are those that the largest embedding reads, labels are the input "expert_labels", embeddings
+            "expert_embedding". A keyword input that the model does not have is added to the `SparseModel`: give its
+            example with the others.
         exact_start: divide routing weights by their own value (by their sum for copies), without a gradient through
             the divisor. A router whose weights do not sum to 1 then starts as the dense model, and learns from there.
         granularity: cut every copy into this many shards, each an expert of its own, `num_experts` in all (granular
@@ -146,9 +147,9 @@ class SparsifyConfig:
         _at_least("max_calibration_tokens", self.max_calibration_tokens, 1)
         if not self.ridge > 0:
             raise ValueError(f"ridge must be above 0, got {self.ridge}")
-        if self.top_k > self.shared:  # else nothing is routed
-            routed = (self.num_experts - self.shared, self.top_k - self.shared)
-            self._check_router(make_router(self.router_name, 8, *routed, self.options, seed=0))
+        router = self._example_router()
+        if router is not None:
+            self._check_router(router)
 
     @property
     def shared(self) -> int:
@@ -163,10 +164,16 @@ class SparsifyConfig:
         return self.router or ("mlp" if self.start == "split" else "top-k")
 
     @property
+    def reads(self) -> Reads | None:
+        """What the router reads beside the tokens."""
+        router = self._example_router()
+        return None if router is None else router.reads
+
+    @property
     def ids_name(self) -> str | None:
-        """`ids_input` with None resolved for labels."""
-        labelled = "labels" in router_class(self.router_name).system.needs
-        return self.ids_input or ("expert_labels" if labelled else None)
+        """`ids_input` with None resolved for labels and embeddings."""
+        added = {"labels": "expert_labels", "embedding": "expert_embedding"}
+        return self.ids_input or added.get(self.reads or "")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -183,6 +190,11 @@ class SparsifyConfig:
     def layer_options(self) -> tuple[tuple[str, LayerOptions], ...]:
         """`overrides` as pairs of pattern and options, in their order."""
         return cast("tuple[tuple[str, LayerOptions], ...]", self.overrides)
+
+    def _example_router(self) -> Router | None:
+        """A small one; None where nothing is routed."""
+        routed = (self.num_experts - self.shared, self.top_k - self.shared)
+        return make_router(self.router_name, 8, *routed, self.options, seed=0) if routed[1] else None
 
     def _check_start(self) -> None:
         if self.start not in ("split", "upcycle", "shared"):
@@ -217,9 +229,10 @@ class SparsifyConfig:
                 f"router={self.router_name!r} passes no gradient on, so it cannot learn to choose among copies; choose "
                 "another one (`sparsify routers`), or start='split'"
             )
-        if self.ids_input is not None and not router.reads_ids:
+        if self.ids_input is not None and router.reads is None:
             raise ValueError(
-                f"ids_input={self.ids_input!r} is for routers that go by ids or labels; {self.router_name!r} reads none"
+                f"ids_input={self.ids_input!r} is for routers that read ids, labels or an embedding; "
+                f"{self.router_name!r} with these router_options reads none"
             )
         if self.granularity > 1 and not isinstance(router, LinearRouter):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsify.routers.base import Router, System, UnitRouter, WeightRule
+from sparsify.routers.base import Reads, Router, System, UnitRouter, WeightRule
 from sparsify.routers.catalogue import ROUTERS, describe_routers, make_router, router_class
 from sparsify.routers.group_routers import GroupRouter
 from sparsify.routers.id_routers import IdRouter, LabelRouter
@@ -22,6 +22,7 @@ __all__ = [
     "MLPRouter",
     "MergingRouter",
     "PolicyRouter",
+    "Reads",
     "Router",
     "System",
     "TokenChoiceRouter",

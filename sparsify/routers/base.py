@@ -13,6 +13,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+# What a router reads of every token beside its features: its id or a label, an integer each; or an embedding.
+Reads = Literal["ids", "labels", "embedding"]
+
 # What is known of the weights of a token: each used slot has 1; they sum to 1; nothing.
 WeightRule = Literal["one", "sum", "free"]
 
@@ -49,7 +52,6 @@ class Router(nn.Module, abc.ABC):
     system: ClassVar[System]
     default_num_experts: ClassVar[int] = 4
     default_top_k: ClassVar[int] = 2
-    reads_ids: ClassVar[bool] = False  # `forward` wants an integer for every token
     reads_groups: ClassVar[bool] = False  # tokens of a group compete: `forward` is given `[G, .., D]`
     mixes: ClassVar[bool] = False  # experts run on mixtures of tokens: see `SoftMoERouter.forward`
     merges: ClassVar[bool] = False  # experts are merged into one: see `MergingRouter.forward`
@@ -81,6 +83,11 @@ class Router(nn.Module, abc.ABC):
         """
 
     @property
+    def reads(self) -> Reads | None:
+        """What `forward` wants as `ids`; None for nothing."""
+        return None
+
+    @property
     def num_slots(self) -> int:
         """K: columns of what `forward` returns, `top_k` unless the number of experts differs from token to token."""
         return self.top_k
@@ -110,7 +117,7 @@ class Router(nn.Module, abc.ABC):
         """`x` `[T, D]` -> routing_weights `[T, K]`, floating; expert_ids `[T, K]` int64, -1 for a slot not used."""
 
     def route_by_id(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As `route`, for a router that also reads an integer `ids` `[T]` of every token; others ignore it."""
+        """As `route`, for a router that also `reads` something of every token, `ids` `[T]` or `[T, A]`."""
         return self.route(x)
 
     def fit_ids(self, ids: Tensor) -> None:
@@ -121,7 +128,7 @@ class Router(nn.Module, abc.ABC):
 
         Args:
             x: `[T, D]`; or `[G, .., D]`, G groups of T / G tokens, for a router that reads groups.
-            ids: `[T]` int64, for a router that reads ids: token ids, or labels.
+            ids: what the router `reads`: `[T]` int64, token ids or labels; or an embedding `[T, A]`.
 
         Returns:
             routing_weights: `[T, K]`, dtype of `x`.

@@ -30,9 +30,10 @@ from sparsify.routers.pr_moe_router import PRMoERouter
 from sparsify.routers.remoe_router import ReMoERouter
 from sparsify.routers.s_base_router import SBaseRouter
 from sparsify.routers.soft_moe_router import SoftMoERouter
+from sparsify.routers.speech_moe_router import SpeechMoERouter
 from sparsify.routers.st_moe_router import STMoERouter
 from sparsify.routers.switch_router import SwitchRouter
-from sparsify.routers.thor_router import ThorRouter
+from sparsify.routers.thor_router import ThorHashRouter, ThorRouter
 from sparsify.routers.top_k_router import TopKRouter
 from sparsify.routers.top_p_router import TopPRouter
 from sparsify.routers.v_moe_router import VMoERouter
@@ -47,6 +48,7 @@ ROUTERS: tuple[type[Router], ...] = (
     RLRouter,
     RoutingNetworkRouter,
     ThorRouter,
+    ThorHashRouter,
     HashRouter,
     DEMixRouter,
     TaskMoERouter,
@@ -70,6 +72,7 @@ ROUTERS: tuple[type[Router], ...] = (
     DTSRouter,
     XMoERouter,
     LIMoERouter,
+    SpeechMoERouter,
     DeepSeekMoERouter,
     DeepSeekV3Router,
 )

@@ -106,11 +106,11 @@ def test_refuses() -> None:
     models, x = branches(2), torch.randn(4, 6)
     with pytest.raises(ValueError, match="is start='upcycle', not start='split'"):
         convert(models, x, start="split")
-    with pytest.raises(ValueError, match="have 4 experts, and the branches make 2, .* give num_experts=2"):
+    with pytest.raises(ValueError, match=r"have 4 experts, and the branches make 2, .* give num_experts=2"):
         convert(models, x, num_experts=4)
     with pytest.raises(ValueError, match=r"model 2 does not fit model 0: beta has the shape \(9,\) there and \(8,\)"):
         convert([models[0], Model(9).eval()], x)
     other = Model().eval()
     other.forward = lambda x: other.last(other.down(torch.relu(other.up(other.first(x)))))  # pyright: ignore
-    with pytest.raises(ValueError, match="branch 1 computes something else at .* than the model does"):
+    with pytest.raises(ValueError, match=r"branch 1 computes something else at .* than the model does"):
         convert([models[0], other], x)

@@ -79,7 +79,7 @@ def test_token_ids_choose_the_expert(flat: bool, calls: int, calibrated: bool) -
     batches = [(torch.randint(0, 40, (3, 9)), torch.zeros(3, 9, dtype=torch.int64))] if calibrated else None
     sparse = sparsify(model, (ids, types), calibration=batches, **HASH)
     torch.testing.assert_close(sparse(ids, types), model(ids, types), rtol=1e-5, atol=1e-5)
-    assert "experts are chosen by the integers of the input `input_ids`" in sparse.report.notes
+    assert "routers read the integers of the input `input_ids`" in sparse.report.notes
     other = torch.randint(0, 40, (3, 7))
     assert len(table_of(sparse)) == 40
     added = set_apart(sparse)(other, torch.zeros_like(other)) - (model.words(other) + model.types.weight[0])

@@ -34,7 +34,8 @@ class FFN(nn.Module):
 class Model(nn.Module):
     def __init__(self, layout: str) -> None:
         super().__init__()
-        self.norm, self.layout, self.ffn = nn.LayerNorm(8), layout, FFN(layout == "image")
+        self.norm, self.layout = nn.LayerNorm(8), layout
+        self.ffn: nn.Module = FFN(layout == "image")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout == "image":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify import SparseModel, export_onnx, sparsify
 from sparsify.models.gpt import GPT, GPTConfig
-from sparsify.routers import ROUTERS, Router, UnitRouter, make_router
+from sparsify.routers import ROUTERS, IdRouter, Router, UnitRouter, make_router
 
 D, VOCABULARY = 16, 32
 EXACT = 1e-5  # what promise 1 allows in fp32
@@ -43,7 +43,7 @@ def new_router(made: type[Router]) -> Router:
 def tokens(made: type[Router], count: int) -> tuple[Tensor, ...]:
     """What `forward` takes: tokens, as one group where the router reads groups, and ids where it reads any."""
     x = torch.randn(1, count, D) if made.reads_groups else torch.randn(count, D)
-    return (x, torch.arange(count) % 2) if made.reads_ids else (x,)
+    return (x, torch.arange(count) % 2) if issubclass(made, IdRouter) else (x,)
 
 
 def changed_at(given: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
