@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # pyright: ignore[reportPrivateUsage]
 from torch.utils import _pytree as pytree
 
-from sparsify.config import SparsifyConfig
+from sparsify.config import ADDED_INPUTS, SparsifyConfig
 from sparsify.errors import SelectionError
 from sparsify.passes.find_ffns import FoundFFNs
 from sparsify.passes.graph_values import fake_tensor, op_name, shape_of
@@ -90,6 +90,14 @@ def split_added(
     if name is None or own or not isinstance(kwargs.get(name), Tensor):
         return dict(kwargs), {}
     return {key: value for key, value in kwargs.items() if key != name}, {name: kwargs[name]}
+
+
+def own_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword inputs of a conversion without the one that was added: what the dense model takes."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    added = set(ADDED_INPUTS.values()) if takes_any else set(kwargs)
+    return {name: value for name, value in kwargs.items() if name in parameters or name not in added}
 
 
 def find_ids(graph_module: GraphModule, name: str | None, router: str) -> IdSource:

@@ -6,6 +6,7 @@ from sparsify.api import Inspection, inspect, sparsify
 from sparsify.average_models import average_models
 from sparsify.config import SparsifyConfig
 from sparsify.distillation import DistillReport, distill
+from sparsify.label_posterior import label_posterior
 from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.export_onnx import ExportReport, LayerExport, export_onnx
 from sparsify.passes.lower_onnx.translation_table import onnx_translation_table
@@ -35,6 +36,7 @@ __all__ = [
     "distill",
     "export_onnx",
     "inspect",
+    "label_posterior",
     "onnx_translation_table",
     "sparsify",
     "verify_onnx",

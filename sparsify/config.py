@@ -38,6 +38,9 @@ class LayerOptions:
             check_counts(self.num_experts, self.top_k, self.num_shared_experts)
 
 
+# The input that is added to a model for what its routers read, unless `ids_input` names another one.
+ADDED_INPUTS = {"labels": "expert_labels", "embedding": "expert_embedding"}
+
 # Glob pattern on names -> fields of LayerOptions. A config keeps them as pairs with LayerOptions, to be hashable.
 Overrides = Union["Mapping[str, Mapping[str, int]]", "tuple[tuple[str, LayerOptions | Mapping[str, int]], ...]"]
 
@@ -172,8 +175,7 @@ class SparsifyConfig:
     @property
     def ids_name(self) -> str | None:
         """`ids_input` with None resolved for labels and embeddings."""
-        added = {"labels": "expert_labels", "embedding": "expert_embedding"}
-        return self.ids_input or added.get(self.reads or "")
+        return self.ids_input or ADDED_INPUTS.get(self.reads or "")
 
     @property
     def options(self) -> dict[str, Any]:

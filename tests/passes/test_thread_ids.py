@@ -174,5 +174,5 @@ def test_a_label_outside_the_table() -> None:
 
 def test_ids_input_needs_a_router_that_reads_it() -> None:
     """Protects: an option that would do nothing is refused."""
-    with pytest.raises(ValueError, match="'top-k' reads none"):
+    with pytest.raises(ValueError, match="'top-k' with these router_options reads none"):
         sparsify(Text().eval(), (torch.randint(0, 40, (2, 5)),), start="upcycle", router="top-k", ids_input="input_ids")
