@@ -42,6 +42,8 @@ class System:
 class Router(nn.Module, abc.ABC):
     """Choose among `num_experts` experts for every token.
 
+    Every constructor begins with `hidden_size` D, `num_experts` E and `top_k` K, and has defaults for the rest.
+
     A subclass defines `system` and `route`, and keeps every argument of its constructor in an attribute of the same
     name, from which a saved model is built again. What training needs beside the loss of the task it leaves in `losses`
     while it routes in training mode, with a factor for each in `coefficients`.

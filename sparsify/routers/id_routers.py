@@ -74,4 +74,9 @@ def check_ids(ids: Tensor, count: int, name: str, advice: str) -> None:
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= count:
         wrong = low if low < 0 else high
+        if count == 0:
+            raise ValueError(
+                f"the router {name!r} has no table yet, as no embedding reads its ids: give num_ids in router_options, "
+                f"at least {high + 1} for these"
+            )
         raise ValueError(f"the router {name!r} knows the ids 0 to {count - 1}, got {wrong}; {advice}")

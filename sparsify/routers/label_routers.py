@@ -74,9 +74,6 @@ class TaskMoERouter(LabelRouter):
         """Draw the logits.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
-            top_k: K.
             num_labels: L.
         """
         super().__init__(hidden_size, num_experts, top_k)
@@ -119,8 +116,6 @@ class MMoERouter(LabelRouter):
         """Draw the gates.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: E.
             num_labels: L.
         """

@@ -48,8 +48,6 @@ class LIMoERouter(LinearRouter, TokenChoiceRouter):
         """Top-1.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 1.
             num_modalities: M, whose tokens are balanced apart. With more than one the router reads labels.
             soft_minimum: S, experts that each modality is to use at least, or None for all.

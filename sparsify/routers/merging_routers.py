@@ -154,8 +154,6 @@ class LoryRouter(MergingRouter):
         """Draw the weights.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 1.
             segment_size: L.
             first_segment: which has none before it. "mean": all experts in equal parts. "own": by its own mean, without

@@ -48,8 +48,6 @@ class SpeechMoERouter(LinearRouter, TokenChoiceRouter):
         """Top-1.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 1.
             embedding_size: A; with 0 the router reads tokens alone.
             sparsity_coefficient: of `sparsity_loss`.

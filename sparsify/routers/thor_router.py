@@ -31,8 +31,6 @@ class ThorRouter(Router):
         """No weights.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 1.
             average: run all experts at inference, each with weight 1/E.
             inference_expert: the one that runs at inference otherwise.

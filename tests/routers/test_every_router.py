@@ -11,13 +11,14 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor
 
 from sparsify import SparseModel, export_onnx, sparsify
 from sparsify.models.gpt import GPT, GPTConfig
-from sparsify.routers import ROUTERS, IdRouter, Router, UnitRouter, make_router
+from sparsify.routers import ROUTERS, IdRouter, PolicyRouter, Router, UnitRouter, make_router
 
 D, VOCABULARY = 16, 32
 EXACT = 1e-5  # what promise 1 allows in fp32
@@ -143,6 +144,27 @@ def test_compiles_in_one_graph(made: type[Router]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(compiled(*given), router(*given), strict=True))
 
 
+@every_router
+def test_gradients_of_the_losses(made: type[Router]) -> None:
+    """Protects: what `aux_loss` passes on to the router is its derivative, by finite differences in fp64."""
+    torch.manual_seed(0)
+    router, (x, *ids) = new_router(made).double().train(), tokens(made, 9)
+    own = {name: parameter for name, parameter in router.named_parameters() if parameter.requires_grad}
+
+    def aux_loss(*values: Tensor) -> Tensor:
+        torch.manual_seed(0)  # the noise of every call is the same
+        called = copy.deepcopy(router)
+        torch.func.functional_call(called, dict(zip(own, values, strict=True)), (x.double(), *ids))
+        if isinstance(called, PolicyRouter):
+            called.give_reward(torch.arange(9.0).double())
+        return called.aux_loss()
+
+    values = [parameter.detach().clone().requires_grad_() for parameter in own.values()]
+    if not aux_loss(*values).requires_grad:
+        pytest.skip("no loss that a gradient comes from")
+    assert torch.autograd.gradcheck(aux_loss, values, eps=1e-7, atol=1e-5, rtol=1e-3)
+
+
 class Pipeline:
     """Converts one decoder with any router, once, and runs it."""
 
@@ -224,10 +246,12 @@ def test_an_option_makes_the_start_exact(made: type[Router], pipeline: Pipeline)
 
 @every_router
 def test_exports(made: type[Router], pipeline: Pipeline, tmp_path: Path) -> None:
-    """Protects: promise 4: the inference form runs in onnxruntime with the same experts and outputs."""
-    report = export_onnx(pipeline.convert(made).eval(), tmp_path / "model.onnx")
+    """Protects: promise 4: the inference form runs in onnxruntime with the same experts, weights and outputs."""
+    report = export_onnx(pipeline.convert(made).eval(), tmp_path / "model.onnx", routing_outputs=True)
     assert report.parity is not None
     assert report.parity.max_relative_error <= 1e-4
+    names = [output.name for output in onnx.load(tmp_path / "model.onnx").graph.output]
+    assert names[1:] == ["h.0.mlp.expert_ids", "h.0.mlp.routing_weights"]
 
 
 @every_router
