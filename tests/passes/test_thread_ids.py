@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsify import SparseModel, export_onnx, sparsify
 from sparsify.errors import SelectionError
+from sparsify.passes.thread_ids import own_inputs
 
 HASH: dict[str, Any] = {"start": "upcycle", "router": "hash", "num_experts": 4, "top_k": 1, "select": "all"}
 DEMIX: dict[str, Any] = {**HASH, "router": "demix"}
@@ -176,3 +177,16 @@ def test_ids_input_needs_a_router_that_reads_it() -> None:
     """Protects: an option that would do nothing is refused."""
     with pytest.raises(ValueError, match="'top-k' with these router_options reads none"):
         sparsify(Text().eval(), (torch.randint(0, 40, (2, 5)),), start="upcycle", router="top-k", ids_input="input_ids")
+
+
+def test_own_inputs_are_those_of_the_dense_model() -> None:
+    """Protects: the dense model beside a converted one is called without the added input, and with all else."""
+
+    class TakesAny(nn.Module):
+        def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+            return x + len(more)
+
+    given = {"token_types": torch.zeros(1), "expert_labels": torch.zeros(1).long()}
+    assert list(own_inputs(Text(), given)) == ["token_types"]
+    assert list(own_inputs(TakesAny(), given)) == ["token_types"]
+    assert list(own_inputs(Text(), {"domain": torch.zeros(1)})) == []

@@ -245,6 +245,22 @@ def test_an_option_makes_the_start_exact(made: type[Router], pipeline: Pipeline)
 
 
 @every_router
+def test_earlier_outputs_stay(made: type[Router], pipeline: Pipeline) -> None:
+    """Protects: claim 21 of the whole model: another last token leaves the outputs of earlier ones as they were."""
+    sparse, labels, other = pipeline.convert(made).eval(), pipeline.labels(made, 2), IDS.clone()
+    (router,) = sparse.routers.values()
+    if not router.causal:
+        pytest.skip("declared non-causal: a causal model refuses it")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in [*router.parameters(), *sparse.get_submodule("h.0.mlp.experts").parameters()]:
+        parameter.data += torch.randn(parameter.shape, generator=generator)  # experts and routes that differ
+    other[:, -1] = (other[:, -1] + 1) % VOCABULARY
+    before, after = sparse(IDS, **labels), sparse(other, **labels)
+    assert relative(after[:, :-1], before[:, :-1]) <= 1e-6
+    assert relative(after[:, -1], before[:, -1]) > 1e-3
+
+
+@every_router
 def test_exports(made: type[Router], pipeline: Pipeline, tmp_path: Path) -> None:
     """Protects: promise 4: the inference form runs in onnxruntime with the same experts, weights and outputs."""
     report = export_onnx(pipeline.convert(made).eval(), tmp_path / "model.onnx", routing_outputs=True)
