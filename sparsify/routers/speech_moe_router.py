@@ -2,9 +2,9 @@
 
     p = softmax(W x + V c),    y = p_e E_e(x),  e = argmax p
 
-The embedding c comes from a network of its own, for acoustics in the first paper, for the accent in the second, and is
-an input of the model here, so its gradient reaches that network. Formulas and coefficients of the losses were not read
-in the papers (unverified). T tokens, A embedding_size, E num_experts.
+The embedding c comes from a network of its own: of graphemes in the first paper, of domain and accent too in the
+second. It is an input of the model here, and its gradient reaches that network. Formulas and coefficients of the losses
+were not read in the papers (unverified). T tokens, A embedding_size, E num_experts.
 """
 
 from __future__ import annotations
