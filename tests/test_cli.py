@@ -259,7 +259,7 @@ def test_labels_and_routes_of_a_file(tmp_path):
     """A label of the factory reaches the router and the file, which returns routes; the dense model needs none."""
     out, given = tmp_path / "out", ("tiny_factory:labelled", "--start", "upcycle", "--router", "demix")
     numbers = ("--experts", "2", "--top-k", "1", "--select", "all")
-    options = ("--routing-outputs", "--bench", "--ids-input", "expert_labels")
+    options = ("--routing-outputs", "--ids-input", "expert_labels", "--no-calibration")
     result = run("convert", *given, *numbers, *options, "-o", out, "--json")
     assert json.loads(result.stdout)["report"]["output_error"] < 1e-5
     proto = onnx.load(out / "model.onnx")

@@ -132,11 +132,12 @@ def test_experts_are_merged_for_a_segment(layout: str, router: str, tmp_path: Pa
     shares = sparse.routers["ffn"](tokens)[0].detach()
     expected = merged_by_loops(weights, shares, tokens.flatten(0, 1), layout == "gated")
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-    report = export_onnx(sparse, tmp_path / "model.onnx", routing_outputs=True)
-    assert report.parity is not None
-    assert len(report.parity.shapes) > 1
     sparse.save(tmp_path / "saved")
     assert torch.equal(SparseModel.load(tmp_path / "saved")(x), sparse(x))
+    if layout in ("flat", "gated"):  # an export takes longer than all else
+        report = export_onnx(sparse, tmp_path / "model.onnx", routing_outputs=True)
+        assert report.parity is not None
+        assert len(report.parity.shapes) > 1
     with pytest.raises(ValueError, match="are merged anew for every sequence"):
         sparse.to_dense()
     with pytest.raises(ValueError, match="all its experts are merged for every token"):
