@@ -152,8 +152,8 @@ def test_nothing_is_left_changed(models):
 def test_the_dense_model_is_called_without_added_inputs():
     """Labels that only the converted model takes are kept from the dense one."""
     dense, labels = Encoder().ffn.eval(), {"expert_labels": torch.tensor([0, 1])}
-    options = {"start": "upcycle", "router": "demix", "num_experts": 2, "top_k": 1, "select": "all"}
-    sparse = sparsify(dense, (torch.randn(2, 4, 16),), labels, **options)
+    config = SparsifyConfig(start="upcycle", router="demix", num_experts=2, top_k=1, select="all")
+    sparse = sparsify(dense, (torch.randn(2, 4, 16),), labels, config=config)
     assert len(bench(dense, sparse, sizes=[(3, 5)], rounds=1).timings) == 1
 
 
