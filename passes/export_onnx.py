@@ -48,6 +48,7 @@ from sparsify.passes.lower_onnx.quantize_experts import quantize_experts as quan
 from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
+from sparsify.passes.thread_ids import own_inputs
 from sparsify.passes.verify_onnx import (
     OnnxParity,
     QuantizationError,
@@ -330,7 +331,7 @@ def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport
 
 
 def _export_dense(dense: nn.Module, sparse: SparseModel, path: Path, opset: int, names: _Names, verify: bool) -> None:
-    args, kwargs = sparse.info.args, sparse.info.kwargs
+    args, kwargs = sparse.info.args, own_inputs(dense, sparse.info.kwargs)
     captured = dense if isinstance(dense, fx.GraphModule) else capture(dense, args, kwargs)
     flat = with_names(flatten_graph(captured, args, kwargs, sparse.dynamic_dims()), *names)
     _write(_labelled(trace_onnx(flat, opset), {}), path)

@@ -70,13 +70,14 @@ def merge_experts(
         A graph module with the inputs and outputs of `sparse`.
 
     Raises:
-        ValueError: experts run on mixtures of tokens (Soft MoE).
+        ValueError: experts run on mixtures of tokens (Soft MoE), or are merged for each sequence (SMEAR, Lory).
     """
-    mixed = [name for name, module in sparse.named_modules() if isinstance(module, Router) and module.mixes]
+    routers = {name: module for name, module in sparse.named_modules() if isinstance(module, Router)}
+    mixed = [name for name, router in routers.items() if router.mixes or router.merges]
     if mixed:
         raise ValueError(
-            f"the experts behind {', '.join(mixed)} run on mixtures of tokens, and no FFN of single tokens does what "
-            "they do; a dense model is there for every other router"
+            f"the experts behind {', '.join(mixed)} run on mixtures of tokens, or are merged anew for every sequence, "
+            "and no FFN of single tokens does what they do; a dense model is there for every other router"
         )
     dense = fx.GraphModule(sparse, copy.deepcopy(sparse.graph))
     unfuse_moe(dense, dense.graph)

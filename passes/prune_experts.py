@@ -53,6 +53,8 @@ def _pruned(router: Router, kept: Tensor, keep: int, name: str) -> Router:
     """The router with the rows of the experts `kept`."""
     if isinstance(router, UnitRouter):
         raise ValueError(f"{name}: its experts are parts of one sum, and none of them can go; use set_top_k()")
+    if router.merges:
+        raise ValueError(f"{name}: all its experts are merged for every token, so none is used less than another")
     if not router.top_k <= keep <= router.num_experts:
         raise ValueError(
             f"{name}: keep between {router.top_k} (its top_k) and {router.num_experts} experts, got {keep}"

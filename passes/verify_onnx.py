@@ -212,7 +212,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 def _with_outputs_of(proto: onnx.ModelProto, path: Path, flat: FlatGraph, layers: Sequence[Layer]) -> FlatGraph:
     """Routes may be outputs too, and names may have been chosen at the export; the order is that of the model."""
-    if has_routing_outputs([output.name for output in proto.graph.output], layers):
+    if has_routing_outputs([output.name for output in proto.graph.output], flat, layers):
         flat = with_routing_outputs(flat, layers)
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value.name for value in proto.graph.input if value.name not in stored]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
-from sparsify.routers import LinearRouter, Router, UnitRouter, make_router, router_class
+from sparsify.routers import LinearRouter, Reads, Router, UnitRouter, make_router
 
 if TYPE_CHECKING:
     from sparsify.passes.match_ffn import FFNMatch
@@ -48,6 +48,9 @@ class LayerOptions:
 
 _DEFAULT_EXPERTS = 16
 
+# The input that is added to a model for what its routers read, unless `ids_input` names another one.
+ADDED_INPUTS = {"labels": "expert_labels", "embedding": "expert_embedding"}
+
 # Glob pattern on names -> fields of LayerOptions. A config keeps them as pairs with LayerOptions, to be hashable.
 Overrides = Union["Mapping[str, Mapping[str, Any]]", "tuple[tuple[str, LayerOptions | Mapping[str, Any]], ...]"]
 
@@ -73,9 +76,10 @@ class SparsifyConfig:
             allows: multiples of 32 run fast. Only for "split".
         router: a name of the catalogue (`sparsify routers`). None: "mlp" for "split", else "top-k".
         router_options: further arguments of the router's constructor.
-        ids_input: the input of the model whose integers a router reads that goes by ids or labels. None: token ids are
-            those that the largest embedding reads, labels are the input "expert_labels". A keyword input that the model
-            does not have is added to the `SparseModel`: give its example with the others.
+        ids_input: the input of the model that a router reads beside the tokens: integers, or an embedding. None: token
+            ids are those that the largest embedding reads, labels are the input "expert_labels", embeddings
+            "expert_embedding". A keyword input that the model does not have is added to the `SparseModel`: give its
+            example with the others.
         exact_start: divide routing weights by their own value (by their sum for copies), without a gradient through
             the divisor. A router whose weights do not sum to 1 then starts as the dense model, and learns from there.
         granularity: cut every copy into this many shards, each an expert of its own, `num_experts` in all (granular
@@ -166,9 +170,9 @@ class SparsifyConfig:
         _at_least("max_calibration_tokens", self.max_calibration_tokens, 1)
         if not self.ridge > 0:
             raise ValueError(f"ridge must be above 0, got {self.ridge}")
-        if self.top_k > self.shared:  # else nothing is routed
-            routed = (self.num_experts - self.shared, self.top_k - self.shared)
-            self._check_router(make_router(self.router_name, 8, *routed, self.options, seed=0))
+        router = self._example_router()
+        if router is not None:
+            self._check_router(router)
 
     @property
     def shared(self) -> int:
@@ -183,10 +187,15 @@ class SparsifyConfig:
         return self.router or ("mlp" if self.start == "split" else "top-k")
 
     @property
+    def reads(self) -> Reads | None:
+        """What the router reads beside the tokens."""
+        router = self._example_router()
+        return None if router is None else router.reads
+
+    @property
     def ids_name(self) -> str | None:
-        """`ids_input` with None resolved for labels."""
-        labelled = "labels" in router_class(self.router_name).system.needs
-        return self.ids_input or ("expert_labels" if labelled else None)
+        """`ids_input` with None resolved for labels and embeddings."""
+        return self.ids_input or ADDED_INPUTS.get(self.reads or "")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -210,6 +219,11 @@ class SparsifyConfig:
         Equal parts may have some places too many; explicit widths may not fit `neurons`.
         """
         return tuple(self.expert_widths or [-(-neurons // self.num_experts)] * self.num_experts)
+
+    def _example_router(self) -> Router | None:
+        """A small one; None where nothing is routed."""
+        routed = (self.num_experts - self.shared, self.top_k - self.shared)
+        return make_router(self.router_name, 8, *routed, self.options, seed=0) if routed[1] else None
 
     def _check_start(self) -> None:
         if self.start not in ("split", "upcycle", "shared"):
@@ -241,14 +255,20 @@ class SparsifyConfig:
                 )
 
     def _check_router(self, router: Router) -> None:
+        if router.merges and self.start == "split":
+            raise ValueError(
+                f"router={self.router_name!r} averages the weights of its experts, which only copies of the whole FFN "
+                "allow; use start='upcycle'"
+            )
         if self.start != "split" and isinstance(router, UnitRouter):
             raise ValueError(
                 f"router={self.router_name!r} passes no gradient on, so it cannot learn to choose among copies; choose "
                 "another one (`sparsify routers`), or start='split'"
             )
-        if self.ids_input is not None and not router.reads_ids:
+        if self.ids_input is not None and router.reads is None:
             raise ValueError(
-                f"ids_input={self.ids_input!r} is for routers that go by ids or labels; {self.router_name!r} reads none"
+                f"ids_input={self.ids_input!r} is for routers that read ids, labels or an embedding; "
+                f"{self.router_name!r} with these router_options reads none"
             )
         if self.granularity > 1 and not isinstance(router, LinearRouter):
             raise ValueError(
