@@ -23,18 +23,26 @@ _COPY = 1.5e10  # bytes a second of rows, read and written
 _NODE = 0.23e-6  # seconds, whatever it computes
 _GEMM = 2.8e-6
 _SORT_NODES, _MASK_NODES, _MOE_NODES = 15, 9, 7
+_ROUTER = 6e-6  # seconds, and its products
 
 
 def predict_seconds(lowering: Lowering, facts: LayerFacts, tokens: int) -> float:
-    """The time of one call of the experts of a layer, without their router.
+    """The time of one call of a layer, with its router but for "dense", which has none.
 
     Args:
         lowering: how it is written.
         facts: of the layer.
         tokens: T, at least 1.
     """
+    if lowering == "dense":
+        return _products(facts, tokens, facts.num_experts * facts.expert_size)
+    router = _ROUTER + 2 * tokens * facts.router_weights / _FLOPS
+    return router + _experts(lowering, facts, tokens)
+
+
+def _experts(lowering: Lowering, facts: LayerFacts, tokens: int) -> float:
     if lowering == "dense_masked":
-        return _dense(facts, tokens)
+        return _masked(facts, tokens)
     if lowering == "moe_op":
         return _moe(facts, tokens)
     if facts.units is not None and lowering == "expert_chain":  # whole experts, of the mean width
@@ -53,7 +61,7 @@ def predict_seconds(lowering: Lowering, facts: LayerFacts, tokens: int) -> float
     return products + 2 * (features + hidden) / _COPY + nodes * _NODE
 
 
-def _dense(facts: LayerFacts, tokens: int) -> float:
+def _masked(facts: LayerFacts, tokens: int) -> float:
     neurons = facts.num_experts * facts.expert_size
     masked = 2 * tokens * neurons * facts.dtype.itemsize / _COPY
     return _products(facts, tokens, neurons) + masked + _MASK_NODES * _NODE
