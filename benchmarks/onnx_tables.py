@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from sparsify.passes.find_layers import LayerFacts
@@ -24,6 +25,8 @@ Result = Mapping[str, Any]
 _CELL = ("hidden_size", "num_experts", "top_k", "threads", "tokens", "choice", "allowed")
 _ALLOW: tuple[Deviation, ...] = ("dense", "tanh_gelu")
 _ROUTER = 64  # hidden size
+_LINE = ("threads", "hidden_size", "num_experts", "top_k")
+_TICKS = (0.5, 1, 2, 4, 8)
 
 
 def write_tables(results: Sequence[Result], folder: Path) -> None:
@@ -146,7 +149,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> st
 
 
 def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The ratio to dense over T, a panel a hidden size and number of threads."""
+    """The ratio to dense over T, a row of panels a number of threads, a column a hidden size."""
     if not rows:
         return
     try:
@@ -154,20 +157,24 @@ def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     except ImportError:
         print("without matplotlib there is no plot")
         return
-    panels = sorted({(row["hidden_size"], row["threads"]) for row in rows})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True, squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        of_panel = [row for row in rows if (row["hidden_size"], row["threads"]) == panel]
-        for counts in sorted({(row["num_experts"], row["top_k"]) for row in of_panel}):
-            line = [row for row in of_panel if (row["num_experts"], row["top_k"]) == counts]
-            tokens = [row["tokens"] for row in line]
-            axis.plot(tokens, [row["ratio"] for row in line], marker="o", label=f"E={counts[0]} K={counts[1]}")
+    sizes, threads = (sorted({row[key] for row in rows}) for key in ("hidden_size", "threads"))
+    shape = (4 * len(sizes), 3.2 * len(threads))
+    figure, axes = pyplot.subplots(len(threads), len(sizes), figsize=shape, sharey=True, sharex=True, squeeze=False)
+    lines = sorted({(row["num_experts"], row["top_k"]) for row in rows})
+    for place, axis in np.ndenumerate(axes):
+        panel = (threads[place[0]], sizes[place[1]])
+        for color, counts in enumerate(lines):
+            keys = (*panel, *counts)
+            line = [row for row in rows if tuple(row[key] for key in _LINE) == keys]
+            tokens, ratios = [row["tokens"] for row in line], [row["ratio"] for row in line]
+            axis.plot(tokens, ratios, f"C{color}", marker="o", markersize=4, label=f"E={counts[0]} K={counts[1]}")
         axis.axhline(1, color="black", linewidth=0.5)
-        axis.set(xscale="log", title=f"D={panel[0]}, {_threads(panel[1])}", xlabel="tokens")
-    axes[0][0].set_ylabel("dense / ours")
-    axes[0][-1].legend(fontsize=7)
+        axis.set(xscale="log", yscale="log", yticks=_TICKS, title=f"D={panel[1]}, {_threads(panel[0])}")
+        axis.set(yticklabels=map(str, _TICKS), xlabel="tokens", ylabel="dense / ours")
+        axis.minorticks_off()
+    axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def _threads(count: int) -> str:

@@ -46,6 +46,19 @@ def test_a_dense_layer_is_the_one_with_all_experts_on(sparse_transformer: Make, 
     assert deviation_of(flat_model(sparse), written) <= 1e-5
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_shared_expert_becomes_part_of_it(sparse_transformer: Make, tmp_path: Path, gated: bool) -> None:
+    """Protects: a layer with a shared expert is as fast as the dense one it came from; one of another form stays."""
+    sparse = sparse_transformer(shared=8, activation=F.gelu, gated=gated)  # the shared expert is not gated
+    report = export_onnx(sparse, tmp_path / "model.onnx", lowering="dense")
+    assert report.parity is not None
+    assert report.parity.max_relative_error <= 1e-5
+    products = [node for node in onnx.load(str(report.path)).graph.node if node.op_type == "Gemm"]
+    of_layer = [node.name for node in products if node.name.startswith("/layers.0/")]
+    assert len(of_layer) == (3 if gated else 2)
+    assert len([node for node in products if "shared" in " ".join(node.input)]) == (4 if gated else 0)
+
+
 def test_one_dense_layer_beside_one_that_routes(sparse_transformer: Make) -> None:
     """Protects: only the layers that the file holds so are merged; the others keep weights and routes."""
     sparse = sparse_transformer()
