@@ -53,7 +53,7 @@ def layer_rows(result: Result) -> list[dict[str, Any]]:
 def _row(case: Mapping[str, Any], threads: int, tokens: int, ms: Mapping[str, float]) -> dict[str, Any]:
     experts, top_k, hidden = case["num_experts"], case["top_k"], case["hidden_size"]
     size, router = 4 * hidden // experts, _ROUTER * (hidden + experts)
-    facts = LayerFacts(experts, top_k, hidden, hidden, size, torch.float32, "gelu", False, True, None, router)
+    facts = LayerFacts(experts, top_k, hidden, hidden, size, torch.float32, "gelu", False, True, None, None, router)
     chosen, allowed = (
         choose_lowering(refusals(facts, "ort-cpu", None, allow), facts, "ort-cpu", (tokens,))[0]
         for allow in ((), _ALLOW)
