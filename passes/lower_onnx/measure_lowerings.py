@@ -1,8 +1,8 @@
 """Time one layer of an exported graph in onnxruntime, alone, with each of several lowerings.
 
-The router runs too, but for "dense", which has none; experts are chosen evenly at random, as random tokens have no
-favourites among them. One session lives at a time, as the threads of an idle one take processor time; lowerings take
-turns. T tokens, K slots.
+The router runs too where it reads the tokens alone, but for "dense", which has none; experts are chosen evenly at
+random, as random tokens have no favourites among them. One session lives at a time, as the threads of an idle one take
+processor time; lowerings take turns. T tokens, K slots.
 """
 
 from __future__ import annotations
@@ -40,20 +40,17 @@ def measure_lowerings(
 
     Returns:
         Per lowering the median seconds of a call at every number of tokens; None for a layer that reads values which
-        the rest of the model computes, and for "dense" where its router does.
+        the rest of the model computes.
     """
     if any(value.const_value is None for value in _read_values(region)):
         return [None] * len(lowerings)
     router = _router(region)
-    timed: list[Lowering] = [lowering for lowering in lowerings if router or lowering != "dense"]
-    files = [_layer_model(region, router, opset, lowering) for lowering in timed]
+    files = [_layer_model(region, router, opset, lowering) for lowering in lowerings]
     feeds = [[_random_inputs(region, count, seed) for seed in range(4)] for count in tokens]
     rounds = [[_time(file, feeds) for file in files] for _ in range(_ROUNDS)]
-    found: dict[Lowering, tuple[float, ...]] = {
-        lowering: tuple(statistics.median(turn[i][j] for turn in rounds) for j in range(len(tokens)))
-        for i, lowering in enumerate(timed)
-    }
-    return [found.get(lowering) for lowering in lowerings]
+    return [
+        tuple(statistics.median(turn[i][j] for turn in rounds) for j in range(len(tokens))) for i in range(len(files))
+    ]
 
 
 def _read_values(region: ExpertRegion) -> list[ir.Value]:
