@@ -44,6 +44,7 @@ class LayerFacts:
         plain_router: the router takes the largest logits, each with weight one, so none of its expert ids is -1.
         irregular: why the activation is no function of the projections alone, None if it is.
         units: of each expert, where they differ in width; else None.
+        router_weights: the numbers that the router multiplies a token by; 0 where they are not known.
     """
 
     num_experts: int
@@ -57,6 +58,7 @@ class LayerFacts:
     plain_router: bool
     irregular: str | None
     units: tuple[int, ...] | None = None
+    router_weights: int = 0
 
     @property
     def routed_k(self) -> int:
@@ -172,6 +174,7 @@ def _read_layer(root: fx.GraphModule, dispatch: Node) -> Layer:
         plain_router=isinstance(router, UnitRouter),
         irregular=irregular,
         units=sizes,
+        router_weights=sum(parameter.numel() for parameter in router.parameters()) if router else 0,
     )
     route = chosen_ids(root, dispatch), _chosen_weights(root, combine)
     return Layer(_layer_name(dispatch, down), facts, dispatch, projections, down, combine, *route)

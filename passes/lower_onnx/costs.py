@@ -11,30 +11,38 @@ from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.lowerings import Lowering
 
 # Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, T 1 to 2048, fitted to what benchmarks/onnx_speed.py measures.
-_FLOPS = 1.6e11  # a second, in Gemm
-_READ_ROW = 1.2e11  # bytes a second of packed weights, for one row
-_READ = 6.9e10  # the same for several
-_READ_FAR = 3.4e10  # the same in a layer that no cache holds
+_FLOPS = 1.77e11  # a second, in Gemm
+_READ_ROW = 1.13e11  # bytes a second of packed weights, for one row
+_READ = 7.5e10  # the same for several
+_READ_FAR = 3.8e10  # the same in a layer that no cache holds
 _CACHE = 3e7  # bytes
-_MOE_FLOPS = 6.7e10  # a second, in com.microsoft.MoE
-_PACK = 3.8e10  # bytes a second of weights, which that op packs in every call for an expert of several tokens
-_READ_PLAIN = 4.9e10  # the same for an expert of one token
-_COPY = 1.5e10  # bytes a second of rows, read and written
-_NODE = 0.23e-6  # seconds, whatever it computes
-_GEMM = 2.8e-6
+_MOE_FLOPS = 8.9e10  # a second, in com.microsoft.MoE
+_PACK = 6.1e10  # bytes a second of weights, which that op packs in every call for an expert of several tokens
+_READ_PLAIN = 6.6e10  # the same for an expert of one token
+_COPY = 1.35e10  # bytes a second of rows, read and written
+_NODE = 0.33e-6  # seconds, whatever it computes
+_GEMM = 1.8e-6
 _SORT_NODES, _MASK_NODES, _MOE_NODES = 15, 9, 7
+_ROUTER = 1.5e-5  # seconds, and its products
 
 
 def predict_seconds(lowering: Lowering, facts: LayerFacts, tokens: int) -> float:
-    """The time of one call of the experts of a layer, without their router.
+    """The time of one call of a layer, with its router but for "dense", which has none.
 
     Args:
         lowering: how it is written.
         facts: of the layer.
         tokens: T, at least 1.
     """
+    if lowering == "dense":
+        return _products(facts, tokens, facts.num_experts * facts.expert_size)
+    router = _ROUTER + 2 * tokens * facts.router_weights / _FLOPS
+    return router + _experts(lowering, facts, tokens)
+
+
+def _experts(lowering: Lowering, facts: LayerFacts, tokens: int) -> float:
     if lowering == "dense_masked":
-        return _dense(facts, tokens)
+        return _masked(facts, tokens)
     if lowering == "moe_op":
         return _moe(facts, tokens)
     if facts.units is not None and lowering == "expert_chain":  # whole experts, of the mean width
@@ -53,7 +61,7 @@ def predict_seconds(lowering: Lowering, facts: LayerFacts, tokens: int) -> float
     return products + 2 * (features + hidden) / _COPY + nodes * _NODE
 
 
-def _dense(facts: LayerFacts, tokens: int) -> float:
+def _masked(facts: LayerFacts, tokens: int) -> float:
     neurons = facts.num_experts * facts.expert_size
     masked = 2 * tokens * neurons * facts.dtype.itemsize / _COPY
     return _products(facts, tokens, neurons) + masked + _MASK_NODES * _NODE
@@ -64,8 +72,11 @@ def _moe(facts: LayerFacts, tokens: int) -> float:
     hit = _experts_hit(facts, tokens)
     weights = hit * _weight_bytes(facts, facts.expert_size)
     read = weights / (_READ_PLAIN if rows / hit < 2 else _PACK)
+    if _is_far(facts):
+        read *= _READ / _READ_FAR
     flops = 2 * rows * _weight_bytes(facts, facts.expert_size) / facts.dtype.itemsize
-    return read + flops / _MOE_FLOPS + _MOE_NODES * _NODE
+    features = rows * facts.dtype.itemsize * (facts.hidden_size + facts.output_size)
+    return read + flops / _MOE_FLOPS + 2 * features / _COPY + _MOE_NODES * _NODE
 
 
 def _products(facts: LayerFacts, rows: float, neurons: int) -> float:
@@ -73,9 +84,13 @@ def _products(facts: LayerFacts, rows: float, neurons: int) -> float:
     weights = _weight_bytes(facts, neurons)
     flops = 2 * rows * weights / facts.dtype.itemsize
     near = _READ_ROW if rows < 2 else _READ
-    layer = _weight_bytes(facts, facts.num_experts * facts.expert_size)
-    read = weights / (_READ_FAR if layer > _CACHE else near)
+    read = weights / (_READ_FAR if _is_far(facts) else near)
     return max(read, flops / _FLOPS) + _GEMM * (_projections(facts) + 1)
+
+
+def _is_far(facts: LayerFacts) -> bool:
+    """No cache holds the layer."""
+    return _weight_bytes(facts, facts.num_experts * facts.expert_size) > _CACHE
 
 
 def _weight_bytes(facts: LayerFacts, neurons: int) -> int:

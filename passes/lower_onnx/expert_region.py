@@ -142,6 +142,11 @@ def mark_nodes(nodes: Iterable[ir.Node], scope: str) -> None:
         node.metadata_props.setdefault(SCOPE, scope)
 
 
+def nodes_of(region: ExpertRegion, part: str) -> list[ir.Node]:
+    """The nodes that were marked as a part of the layer, in the order of the graph."""
+    return [node for node in region.graph if node.metadata_props.get(SCOPE) == region.scope(part)]
+
+
 def is_linear(node: ir.Node) -> bool:
     """The node is an `ExpertLinear` placeholder."""
     return node.domain == DOMAIN and node.op_type == "ExpertLinear"
