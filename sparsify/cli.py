@@ -130,10 +130,21 @@ def convert(
     experts: Annotated[
         int, typer.Option(help="Equal parts that the neurons of an FFN are divided into.")
     ] = _DEFAULTS.num_experts,
-    top_k: Annotated[int, typer.Option(help="Parts that run for a token.")] = _DEFAULTS.top_k,
+    top_k: Annotated[
+        int | None, typer.Option(help="Parts that run for a token.", show_default=str(_DEFAULTS.top_k))
+    ] = None,
     shared: Annotated[
         int | None,
         typer.Option(help="Parts among the top-k that run for every token.", show_default="1 if 1 < top-k < experts"),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BOUND",
+            help="In the place of top-k, chosen for each FFN by measured error: 0.5 or 50%, of the multiply-adds of "
+            "the FFNs; 12ms, of their calls with as many tokens as --target-tokens says; 'error<=0.1', relative L2 "
+            "difference of the outputs to those of the dense model.",
+        ),
     ] = None,
     select: Annotated[
         list[str] | None,
@@ -179,15 +190,16 @@ def convert(
                 exact_start=exact_start,
                 allow_non_causal=allow_non_causal,
                 num_experts=experts,
-                top_k=top_k,
+                top_k=_DEFAULTS.top_k if top_k is None else top_k,
                 num_shared_experts=shared,
+                budget=budget,
                 select=_select(select),
                 overrides=tuple(map(_override, override or ())),
                 target_tokens=tuple(target_tokens or ()),
                 refit=not no_refit,
                 seed=seed,
             )
-            _refuse_contradiction(no_calibration, calibration)
+            _refuse_contradiction(no_calibration, calibration, budget, top_k if shared is None else shared)
         files.refuse_foreign_files(out)
         with nothing_written(), show_stages() as stages, output_folder(out) as staging:
             dense = load_model(model, calibration, stages)
@@ -305,7 +317,13 @@ def _override(text: str) -> tuple[str, dict[str, int]]:
     return pattern, {name: int(value) for name, value in pairs}
 
 
-def _refuse_contradiction(no_calibration: bool, calibration: Path | None) -> None:
+def _refuse_contradiction(
+    no_calibration: bool, calibration: Path | None, budget: str | None, running: int | None
+) -> None:
+    if budget is not None and running is not None:
+        raise ValueError("--budget chooses --top-k and --shared of every FFN; give one or the other")
+    if budget is not None and no_calibration:
+        raise ValueError("--budget goes by errors on calibration data, so leave out --no-calibration")
     if no_calibration and calibration is not None:
         raise ValueError("--no-calibration and --calibration FILE contradict each other; give one of them")
 
