@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from sparsify.errors import BudgetError, CalibrationError
 
-_TRIALS = 5
+_TRIALS = 6
 _CLOSE = 0.9  # of the bound: no cheaper conversion is looked for
 _AIM = 0.97  # of the bound
 _FINEST = 0.02  # of the multiply-adds: a difference in share that is not worth another conversion
@@ -81,6 +81,8 @@ def _next(low: float, low_error: float | None, high: float, high_error: float, m
         wanted = 1 - _AIM * most / slope if slope else low
         return min(max(wanted, low), high - (high - low) / 8) if wanted > low else low
     crossing = low + (low_error - _AIM * most) / (low_error - high_error) * (high - low)
+    if high == 1.0:  # nothing was within yet, and close to dense the error often falls steeply
+        return max(crossing, (low + high) / 2)
     margin = (high - low) / 8
     return min(max(crossing, low + margin), high - margin)
 
