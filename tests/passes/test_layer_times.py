@@ -46,6 +46,21 @@ def test_times(activation: Callable[[Tensor], Tensor]) -> None:
     assert "ms" in str(found)
 
 
+def test_pruned() -> None:
+    """Protects: without routed experts no router is measured; an eighth of the neurons takes less than all."""
+    match = match_of(block(64, 2048), 64)
+    few, most = (
+        time_layer(match, SparsifyConfig(num_experts=8, top_k=k, num_shared_experts=k), 256) for k in (1, 7)
+    )
+    assert few.form == "pruned"
+    assert few.predicted_experts is not None
+    assert most.predicted_experts is not None
+    assert few.dense is not None
+    assert few.experts is not None
+    assert few.predicted_experts < most.predicted_experts
+    assert few.experts < few.dense
+
+
 def test_without_data_there_is_a_prediction_only() -> None:
     """Protects: plans of models on the meta device."""
     found = time_layer(match_of(block(16, 64).to("meta"), 16), SparsifyConfig(num_experts=4, top_k=2), 512)
