@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.errors import CalibrationError
 from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.heap import trim_heap
 from sparsify.passes.token_layout import before_flattening
 
 _MASK = "attention_mask"  # the keyword of Hugging Face tokenizers; 0 marks padding, which no statistic should see
@@ -117,6 +118,7 @@ class CalibrationStream:
         last_use = {arg: node for node in todo for arg in node.all_input_nodes}
         for environment in self._environments:
             self._run(todo, environment, last_use, needed)
+            trim_heap()
 
     def _run(
         self, todo: Sequence[Node], environment: dict[Node, Any], last_use: Mapping[Node, Node], needed: set[Node]

@@ -13,10 +13,7 @@ its token: the few tokens of huge norm that many models have (Sun et al., arXiv 
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +26,7 @@ from sparsify.errors import SelectionError
 from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.find_layers import find_layers
 from sparsify.passes.fuse_moe import FuseMoEPass, why_not_fused
+from sparsify.passes.heap import give_freed_memory_back, trim_heap
 from sparsify.passes.insert_moe import InsertMoEPass
 from sparsify.passes.make_experts import make_experts
 from sparsify.passes.match_ffn import FFNMatch
@@ -46,7 +44,6 @@ from sparsify.routers import Router, router_class
 
 _SYNTHETIC_TOKENS = 4096
 _SMALLEST_VARIANCE = 1e-4  # of the hidden state of a token, relative to the mean: a bound for its weight
-_M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def convert(
     if not todo:
         return results, 0
     if consume:
-        _give_freed_memory_back()
+        give_freed_memory_back()
     batches = [example] if calibration is None else calibration
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     may_free_early = all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
@@ -132,6 +129,7 @@ def convert(
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
         del sample
+        trim_heap()
         result = make_experts(dense, original, fit, measured, options, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
         _check_group(result.router, group, match.name)
@@ -141,7 +139,7 @@ def convert(
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
         results[match.name] = replace(_summary(result, options, len(measured.x)), group=group)
         del original, dense, fit, measured, result
-        _trim_heap()
+        trim_heap()
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
         _free(outdated, graph_module)
@@ -224,32 +222,8 @@ def _free(
         elif id(parameter) not in kept:
             parameter.data = parameter.data.new_empty(0)
     if len(waiting) < len(outdated):
-        _give_freed_memory_back()
+        give_freed_memory_back()
     return waiting
-
-
-def _give_freed_memory_back() -> None:
-    """Trim the heap, and have glibc map every block from 64 KB on by itself, now and later.
-
-    Else it keeps blocks of up to 32 MB for itself once one of that size was freed, and they pile up between new ones.
-    """
-    gc.collect()
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
-        libc.malloc_trim(0)
-
-
-def _trim_heap() -> None:
-    """Give back what the tokens of a layer took, which glibc would keep, in pieces."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "mallopt") else None  # other libcs lack it
 
 
 def _in_order(graph_module: GraphModule, matches: list[FFNMatch]) -> list[FFNMatch]:
@@ -285,6 +259,7 @@ def _sample(
         for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
             target += dense_residual - residual
         found.append([x, target, _variance(target, residuals), *ids])
+        trim_heap()
     x, target, variance, *ids = [torch.cat([parts.pop(0) for parts in found]) for _ in range(len(found[0]))]
     return Sample(x, target, _weights(variance), ids[0] if ids else None)
 

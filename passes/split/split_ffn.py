@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsify.config import SparsifyConfig
+from sparsify.passes.heap import trim_heap
 from sparsify.passes.run_experts import run_experts
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN
@@ -165,6 +166,7 @@ def relative_error(experts: Experts, router: Router | None, sample: Sample) -> f
         y = experts(x, nobody(x)) if router is None else run_experts(experts, router, x, ids)[0]
         difference += float(weight.double() @ (y - target).double().square().sum(1))
         size += float(weight.double() @ target.double().square().sum(1))
+    trim_heap()
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
