@@ -107,10 +107,12 @@ def split_ffn(
         error_before_refit=None,
         tokens_per_expert=tokens_per_expert(experts, router, fit),
     )
+    trim_heap()
     if not may_fit or router.rule != "one":
         return result
     expert_ids = torch.cat([router(*part)[1] for part in few.parts()])
     experts = refit(experts, mean.flatten(), few.x, few.target, few.weight, expert_ids, config.ridge)
+    trim_heap()
     fitted = replace(
         result, experts=experts, error=relative_error(experts, router, measured), error_before_refit=error
     )
