@@ -59,7 +59,7 @@ def allocate(ffns: Sequence[FFNChoices], plan: ConversionPlan, budget: Budget) -
     spent = sum(map(cost, chosen))
     if budget.unit == "ms":
         chosen, spent = _as_measured(ffns, budget, cost, chosen)
-    layers = {ffn.match.name: _planned(ffn, choice, budget) for ffn, choice in zip(ffns, chosen, strict=True)}
+    layers = {ffn.match.name: _planned(ffn, choice, budget, cost) for ffn, choice in zip(ffns, chosen, strict=True)}
     note = (
         f"budget={budget} for {len(ffns)} FFNs: {budget.say(spent)} is spent; they take {budget.say(dense)} dense, and "
         f"{budget.say(least)} at least"
@@ -133,20 +133,19 @@ def _measured_ms(ffn: FFNChoices, choice: Choice) -> float:
     return 1e3 * choice.seconds[0] if time.experts is None else 1e3 * time.experts * len(ffn.match.sites)
 
 
-def _planned(ffn: FFNChoices, choice: Choice, budget: Budget) -> LayerPlan:
+def _planned(ffn: FFNChoices, choice: Choice, budget: Budget, cost: Cost) -> LayerPlan:
     if choice.way == "dense":
         return LayerPlan(ffn.layer.name, f"budget={budget} leaves it dense: {_why_dense(ffn)}")
-    others = [c.error for c in ffn.sparse if c.way != choice.way and c.macs <= choice.macs]
+    others = [c.error for c in ffn.sparse if c.way != choice.way and cost(c) <= cost(choice)]
     other = {"routed": "pruning", "pruned": "routing"}[choice.way]
-    instead = f", {other} to no more would add {min(others):.2g}" if others else ""
-    return replace(
-        ffn.layer,
-        top_k=choice.top_k,
-        num_shared_experts=choice.num_shared,
-        reason=f"{ffn.layer.reason}; budget={budget} gives it {choice.macs / ffn.dense.macs:.0%} of its multiply-adds, "
-        f"{choice.way}, which adds {choice.error:.2g} of the squared hidden state before refit{instead}",
-        times=measured_times(ffn, choice),
+    instead = f"; {other} at no higher cost would add {min(others):.2g}" if others else ""
+    time = f" ({budget.say(cost(choice))})" if budget.unit == "ms" else ""
+    reason = (
+        f"{ffn.layer.reason}; budget={budget} gives it {choice.macs / ffn.dense.macs:.0%} of its multiply-adds{time}, "
+        f"{choice.way}, which adds an error of {choice.error:.2g} of the squared hidden state before refit{instead}"
     )
+    times = measured_times(ffn, choice)
+    return replace(ffn.layer, top_k=choice.top_k, num_shared_experts=choice.num_shared, reason=reason, times=times)
 
 
 def _why_dense(ffn: FFNChoices) -> str:

@@ -147,7 +147,7 @@ def test_milliseconds_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for file in (time_choices,):
         monkeypatch.setattr(file, "time_layer", fake)
         monkeypatch.setattr(file, "predict_layer", fake)
-    options = {**OPTIONS, "select": "auto", "num_experts": 4}
+    options: dict[str, Any] = {**OPTIONS, "select": "auto", "num_experts": 4}
     sparse = sparsify(model, ids[0][:2], calibration=ids, budget="12ms", target_tokens=64, **options)
     assert set(seen) == {64}
     spent = sum(ffn.times[0].experts or 0.010 for ffn in sparse.report.converted if ffn.times)
