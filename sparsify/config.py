@@ -94,8 +94,7 @@ class SparsifyConfig:
         target_tokens: tokens of a call, such as `(1, 512)`. The presets then leave an FFN dense whose experts are not
             faster at each of these sizes, as measured on the device of the model; `select="all"`, names and predicates
             convert it all the same. With `budget`, each number of parts is judged so. The report holds prediction and
-            measurement. Empty measures nothing, so that the
-            same model gives the same result on every machine.
+            measurement. Empty measures nothing, so that the same model gives the same result on every machine.
         router_hidden_size: width of the router's hidden layer.
         refit: fit the experts to the routing (needs calibration): down_proj in closed form, then `distill_steps`.
             Without it `set_top_k(num_experts)` gives the dense model back.
