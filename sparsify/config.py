@@ -221,6 +221,10 @@ class SparsifyConfig:
                 f"budget= chooses parts of a split behind the router 'mlp', not start={self.start!r} with "
                 f"router={self.router_name!r}; leave it out"
             )
+        if self.num_experts < 2:
+            raise ValueError(
+                f"budget= chooses how many parts run, so num_experts must be at least 2, got {self.num_experts}"
+            )
         if self.limit.unit == "ms" and len(self.tokens) != 1:
             raise ValueError(
                 f"budget={self.budget!r} is the time of one call, so say of how many tokens with one number, such as "

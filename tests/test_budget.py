@@ -49,6 +49,7 @@ def test_what_is_no_budget(given: object) -> None:
         ({"budget": "12ms"}, r"number, such as target_tokens=512; got \(\)"),
         ({"budget": "12ms", "target_tokens": (1, 512)}, r"one number.*got \(1, 512\)"),
         ({"budget": 0.5, "start": "upcycle"}, "not start='upcycle'"),
+        ({"budget": 0.5, "num_experts": 1, "top_k": 1}, "num_experts must be at least 2, got 1"),
         ({"budget": 2.0}, "between 0 and 1, got 2.0"),
     ],
 )
