@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py meta          capture, match and plan a Llama of 1.2 billion parameters without weights
     python benchmarks/memory.py smollm2       convert SmolLM2-135M, fp32
+    python benchmarks/memory.py minilm        convert all-MiniLM-L6-v2, fp32
     python benchmarks/memory.py random-1b     convert a random Llama of 1.2 billion parameters, bf16
 
 The peak is that of the resident memory during the conversion, less what the process held before the model was loaded,
@@ -29,11 +30,10 @@ from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.plan import make_plan
 
 _MIB = 2**20
-_TOKENS_A_BATCH = 4 * 256  # of SmolLM2's calibration
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="meta, smollm2 or random-1b")],
+    model: Annotated[str, typer.Argument(help="meta, smollm2, minilm or random-1b")],
     tokens: Annotated[int, typer.Option(help="calibration tokens; 0 converts from the weights alone")] = 0,
 ) -> None:
     """Measure one model and print one line."""
@@ -42,7 +42,7 @@ def main(
     if model == "meta":
         _plan_without_weights(before)
         return
-    dense, kwargs, batches = _smollm2(tokens) if model == "smollm2" else _random(tokens)
+    dense, kwargs, batches = _random(tokens) if model == "random-1b" else _real(model, tokens)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in dense.parameters()) / _MIB
     gc.collect()
     _reset_peak()
@@ -82,11 +82,16 @@ def _plan_without_weights(before: float) -> None:
     )
 
 
-def _smollm2(tokens: int) -> tuple[nn.Module, dict[str, object], list[dict[str, object]] | None]:
-    dense = load("smollm2")
+def _real(name: str, tokens: int) -> tuple[nn.Module, dict[str, object], list[dict[str, object]] | None]:
+    dense = load(name)
     assert dense.calibration is not None
-    batches: list[dict[str, object]] = [dict(batch) for batch in dense.calibration()]
-    return dense.model, dict(dense.kwargs), batches[: -(-tokens // _TOKENS_A_BATCH)] or None
+    batches: list[dict[str, object]] = []
+    for batch in dense.calibration() if tokens else ():
+        batches.append(dict(batch))
+        tokens -= int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+        if tokens <= 0:
+            break
+    return dense.model, dict(dense.kwargs), batches or None
 
 
 def _random(tokens: int) -> tuple[nn.Module, dict[str, object], list[dict[str, object]] | None]:

@@ -125,6 +125,8 @@ def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: lis
     options["router_hidden_size"] = router_width(size.hidden)
     if method.allocates:
         return sparsify(subject.model, (), subject.example, calibration=batches, budget=key["budget"], **options)
+    if method.prepare is not None:
+        method.prepare(subject, batches)
     fits = [k for k in range(1, experts) if method.share(size, experts, k) <= key["budget"]]
     if not fits:
         raise typer.BadParameter(f"the router alone of {key['method']} exceeds {key['budget']:.1%}")

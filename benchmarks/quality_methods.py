@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from quality_clusterings import Fisher, clustered_by, magnitude, output, weights
 from quality_subjects import Subject
 from torch import Tensor, nn
 from torch.nn import functional
@@ -55,6 +56,7 @@ class Method:
         allocates: `budget=` chooses K and the shared experts of each layer.
         calibrates: it sees calibration data.
         bound: it needs what no deployed model has.
+        prepare: is shown the dense model and the calibration data first.
     """
 
     says: str
@@ -66,6 +68,7 @@ class Method:
     allocates: bool = False
     calibrates: bool = True
     bound: bool = False
+    prepare: Callable[[Subject, list[Any]], None] | None = None
 
     def share(self, size: Size, experts: int, top_k: int) -> float:
         """Of the multiply-adds of the FFN, what is left with K of E experts."""
@@ -298,6 +301,15 @@ def _half_shared(experts: int, top_k: int) -> int:
     return top_k // 2
 
 
+def _clustering(
+    says: str, split: Split, prepare: Callable[[Subject, list[Any]], None] | None = None
+) -> Method:
+    """As "ours, closed form", by another similarity of neurons."""
+    return Method(f"neurons grouped by {says}", split, _mlp, few_shared, {"distill_steps": 0}, prepare=prepare)
+
+
+_FISHER = Fisher()
+
 METHODS: dict[str, Method] = {
     "ours": Method("clusters, shared expert, router, refit, block-wise training", split_ffn, _mlp, few_shared),
     "ours, budget": Method(
@@ -317,5 +329,9 @@ METHODS: dict[str, Method] = {
     "random split": Method("random experts, our router and refit, no training", random_split, _mlp),
     "MoEfication": Method("weight clusters, tanh router", moefication, lambda s, r: r * (s.hidden + r)),
     "CMoE": Method("activation rates, one-neuron router, half of K shared", cmoe, _neuron, _half_shared),
+    "weight clusters": _clustering("direction of the weights", clustered_by(weights)),
+    "magnitude clusters": _clustering("distance from the mean, without sign", clustered_by(magnitude)),
+    "output clusters": _clustering("contribution to the output of the FFN", clustered_by(output)),
+    "Fisher clusters": _clustering("contribution to the output of the model", clustered_by(_FISHER), _FISHER.measure),
     "oracle": Method("ours in closed form, experts of truly largest norm", oracle, _mlp, few_shared, bound=True),
 }

@@ -1,134 +1,102 @@
-"""Distribute a budget of multiply-adds over the FFNs: more experts where skipping hurts more.
+"""Distribute a budget over the FFNs: more parts run where skipping them hurts more.
 
-Every FFN is divided as for a conversion, on a few tokens of the dense model, and measured with each number of parts
-running: routed (the parts of largest norm, as a good router would choose), pruned (always the same parts, which needs
-no router), or left dense. What is skipped leaves its mean. An error counts relative to the hidden state that it enters,
-
-    error = mean over tokens of |what is skipped|^2 / |hidden state|^2,
-
-so that layers can be compared, and the sum of the errors is minimised under the budget. Errors are taken before refit
-and training, which lower all of them.
-
-T tokens, E parts, D_out output features.
+Of the choices of every FFN (`measure_choices`) one is taken, so that the sum of the errors is least under a bound of
+the sum of the costs: multiply-adds, or seconds.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-from torch.fx import GraphModule
-
-from sparsify.config import SparsifyConfig
-from sparsify.passes.calibrate import CalibrationStream, Call
-from sparsify.passes.match_ffn import FFNMatch
+from sparsify.budget import Budget
+from sparsify.errors import BudgetError
+from sparsify.passes.choices import Choice, FFNChoices
 from sparsify.passes.plan import ConversionPlan, LayerPlan
-from sparsify.passes.residual import residual_terms
-from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
-from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
-from sparsify.passes.split.fold_vectors import fold_vectors
-from sparsify.passes.split.statistics import importance, measure_neurons
+from sparsify.passes.time_choices import measured_times
 
-_TOKENS = 4096  # that run through the dense model
-_MEASURED = 512  # of them, for the errors: [512, E, D_out]
 _BISECTIONS = 60
+_CORRECTIONS = 4  # of the bound on seconds, where the sum that was measured is above the sum that was expected
+
+Cost = Callable[[Choice], float]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One way to convert an FFN.
+class Allocation:
+    """A budget, spent.
 
     Attributes:
-        top_k: parts that run.
-        num_shared: of them, those that always run; all of them where the FFN is pruned.
-        num_experts: E; 0 leaves the FFN dense.
-        cost: multiply-adds for a token, router included.
-        error: that it adds to the hidden state, squared and relative.
+        plan: says for every FFN what it got, and why.
+        spent: in the unit of the budget.
+        least: what the cheapest choices would cost.
+        dense: what the dense FFNs cost.
+        note: the same for people.
     """
 
-    top_k: int
-    num_shared: int
-    num_experts: int
-    cost: float
-    error: float
+    plan: ConversionPlan
+    spent: float
+    least: float
+    dense: float
+    note: str
 
 
-def with_budget(
-    graph_module: GraphModule,
-    matches: Sequence[FFNMatch],
-    plan: ConversionPlan,
-    config: SparsifyConfig,
-    batches: Sequence[Call] | None,
-) -> ConversionPlan:
-    """`allocate` where the config has a budget, else the plan as it is."""
-    if config.budget is None or batches is None:
-        return plan
-    return allocate(graph_module, matches, plan, config, batches, config.budget)
-
-
-@torch.no_grad()
-def allocate(
-    graph_module: GraphModule,
-    matches: Sequence[FFNMatch],
-    plan: ConversionPlan,
-    config: SparsifyConfig,
-    batches: Sequence[Call],
-    budget: float,
-) -> ConversionPlan:
-    """Choose how many parts run in each FFN that `plan` converts.
+def allocate(ffns: Sequence[FFNChoices], plan: ConversionPlan, budget: Budget) -> Allocation:
+    """Choose how many parts run in each FFN.
 
     Args:
-        graph_module: where `matches` were found; it is not changed.
-        matches: all of them.
-        plan: one entry per match; its numbers of experts are used, not its top_k.
-        config: how to divide.
-        batches: tokens to measure on.
-        budget: share of the multiply-adds of these FFNs that may remain.
+        ffns: every FFN that `plan` converts, with seconds for a budget of milliseconds.
+        plan: for the whole model.
+        budget: share or milliseconds.
 
-    Returns:
-        The plan with the chosen numbers; the reasons say what was measured.
+    Raises:
+        BudgetError: even the cheapest choices cost more; the message says what can be reached.
     """
-    position = {node.name: i for i, node in enumerate(graph_module.graph.nodes)}
-    todo = [(m, layer) for m, layer in zip(matches, plan.layers, strict=True) if layer.converts]
-    todo.sort(key=lambda pair: position[pair[0].sites[0].x])
-    stream = CalibrationStream(GraphModule(graph_module, copy.deepcopy(graph_module.graph)), _few(batches))
-    choices = [_choices(graph_module, stream, match, layer.configure(config)) for match, layer in todo]
-    total = sum(match.flops_per_token / 2 * len(match.sites) for match, _ in todo)
-    chosen = minimise(choices, budget * total)
-    layers = {layer.name: _planned(layer, choice, match) for (match, layer), choice in zip(todo, chosen, strict=True)}
-    return ConversionPlan(tuple(layers.get(layer.name, layer) for layer in plan.layers))
+    cost = _cost(ffns, budget)
+    least, dense = sum(min(map(cost, ffn.all)) for ffn in ffns), sum(cost(ffn.dense) for ffn in ffns)
+    if budget.most < least:
+        raise BudgetError(_unreachable(ffns, budget, least, dense))
+    chosen = minimise([ffn.all for ffn in ffns], budget.most, cost)
+    spent = sum(map(cost, chosen))
+    if budget.unit == "ms":
+        chosen, spent = _as_measured(ffns, budget, cost, chosen)
+    layers = {ffn.match.name: _planned(ffn, choice, budget, cost) for ffn, choice in zip(ffns, chosen, strict=True)}
+    note = (
+        f"budget={budget} for {len(ffns)} FFNs: {budget.say(spent)} is spent; they take {budget.say(dense)} dense, and "
+        f"{budget.say(least)} at least"
+    )
+    return Allocation(
+        ConversionPlan(tuple(layers.get(layer.name, layer) for layer in plan.layers)), spent, least, dense, note
+    )
 
 
-def minimise(choices: Sequence[Sequence[Choice]], most: float) -> list[Choice]:
+def minimise(choices: Sequence[Sequence[Choice]], most: float, cost: Cost) -> list[Choice]:
     """One choice per FFN with the least sum of errors, at a cost of at most `most` (Lagrange: one price for all).
 
     Where even the cheapest choices cost more, they are taken.
     """
-    cheapest = [min(own, key=lambda choice: (choice.cost, choice.error)) for own in choices]
-    low, high = -60.0, 60.0  # logarithm of the price of a multiply-add
+    cheapest = [min(own, key=lambda choice: (cost(choice), choice.error)) for own in choices]
+    scale = sum(map(cost, cheapest)) or 1.0  # of all costs, so that one range of prices fits every unit
+    low, high = -60.0, 60.0  # logarithm of the price
     best = cheapest
     for _ in range(_BISECTIONS):
-        price = 2 ** ((low + high) / 2)
-        taken = [min(own, key=lambda choice: choice.error + price * choice.cost) for own in choices]
-        if sum(choice.cost for choice in taken) <= most:
+        price = 2 ** ((low + high) / 2) / scale
+        taken = [min(own, key=lambda choice: choice.error + price * cost(choice)) for own in choices]
+        if sum(map(cost, taken)) <= most:
             best, high = taken, (low + high) / 2
         else:
             low = (low + high) / 2
-    return _spend(best, choices, most)
+    return _spend(best, choices, most, cost)
 
 
-def _spend(taken: list[Choice], choices: Sequence[Sequence[Choice]], most: float) -> list[Choice]:
-    """Spend what is left, each time where a multiply-add lowers the error most."""
+def _spend(taken: list[Choice], choices: Sequence[Sequence[Choice]], most: float, cost: Cost) -> list[Choice]:
+    """Spend what is left, each time where it lowers the error most for its cost."""
     while True:
-        left = most - sum(choice.cost for choice in taken)
+        left = most - sum(map(cost, taken))
         upgrades = [
-            ((taken[i].error - choice.error) / (choice.cost - taken[i].cost), i, choice)
+            ((taken[i].error - choice.error) / (cost(choice) - cost(taken[i])), i, choice)
             for i, own in enumerate(choices)
             for choice in own
-            if 0 < choice.cost - taken[i].cost <= left and choice.error < taken[i].error
+            if 0 < cost(choice) - cost(taken[i]) <= left and choice.error < taken[i].error
         ]
         if not upgrades:
             return taken
@@ -136,81 +104,60 @@ def _spend(taken: list[Choice], choices: Sequence[Sequence[Choice]], most: float
         taken = [*taken[:index], choice, *taken[index + 1 :]]
 
 
-def _few(batches: Sequence[Call]) -> list[Call]:
-    """Whole batches from all over the data, about as many as hold the tokens that are needed."""
-    count = max(1, min(len(batches), _TOKENS // max(1, _size(batches[0]))))
-    return [batches[i * len(batches) // count] for i in range(count)]
+def _cost(ffns: Sequence[FFNChoices], budget: Budget) -> Cost:
+    """In the unit of the budget."""
+    if budget.unit == "ms":
+        return lambda choice: 1e3 * choice.seconds[0]
+    total = sum(ffn.dense.macs for ffn in ffns)
+    return lambda choice: choice.macs / total
 
 
-def _size(call: Call) -> int:
-    if call.mask is not None:
-        return int(call.mask.sum())
-    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
-    return tensors[0].shape[:2].numel() if tensors else 1
+def _as_measured(
+    ffns: Sequence[FFNChoices], budget: Budget, cost: Cost, chosen: list[Choice]
+) -> tuple[list[Choice], float]:
+    """Measure what was chosen, and choose again under a lower bound as long as it takes longer than expected."""
+    most = budget.most
+    for _ in range(_CORRECTIONS):
+        spent = sum(_measured_ms(ffn, choice) for ffn, choice in zip(ffns, chosen, strict=True))
+        if spent <= budget.most:
+            break
+        most *= budget.most / spent
+        chosen = minimise([ffn.all for ffn in ffns], most, cost)
+    return chosen, sum(_measured_ms(ffn, choice) for ffn, choice in zip(ffns, chosen, strict=True))
 
 
-def _choices(
-    graph_module: GraphModule, stream: CalibrationStream, match: FFNMatch, config: SparsifyConfig
-) -> list[Choice]:
-    site = match.sites[0]
-    down = next(node for node in graph_module.graph.nodes if node.name == site.down)
-    places = [(site.x, site.x_axis), *((term.name, site.down_axis) for term in residual_terms(down))]
-    x, *residuals = stream.tokens_at(places, match.name)
-    match, dense = fold_vectors(match, read_ffn(graph_module, match))
-    rows = torch.arange(0, len(x), -(-len(x) // _MEASURED))
-    hidden = dense(x[rows]) + sum(residual[rows] for residual in residuals)
-    weight = 1 / (hidden.square().sum(1) + torch.finfo(hidden.dtype).tiny) / len(rows)
-    num_shared = 1 if config.num_experts > 2 else 0
-    statistics = measure_neurons(dense, x)
-    scores = importance(dense, statistics)
-    routed = choose_neurons(activation_profiles(dense, x), scores, config.num_experts, num_shared, config.seed)
-    size = routed.shape[1]
-    pruned = torch.full((config.num_experts * size,), -1)
-    pruned[: len(scores)] = scores.argsort(descending=True, stable=True)
-    mean = statistics.mean.to(x.dtype)
-    by_expert = _outputs(dense, x[rows], routed, mean)[:, num_shared:]
-    order = by_expert.square().sum(2).argsort(dim=1, descending=True)
-    by_norm = by_expert.gather(1, order.unsqueeze(2).expand_as(by_expert))
-    by_importance = _outputs(dense, x[rows], pruned.view(-1, size), mean)
-    macs = match.flops_per_token / 2 * len(match.sites)
-    part = macs / config.num_experts
-    router = config.router_hidden_size * (match.hidden_size + config.num_experts - num_shared) * len(match.sites)
-    return [
-        Choice(0, 0, 0, macs, 0.0),
-        *(
-            Choice(k + num_shared, num_shared, config.num_experts, (k + num_shared) * part + router, error)
-            for k, error in enumerate(_errors(by_norm, weight))
-            if 0 < k < by_norm.shape[1]
-        ),
-        *(
-            Choice(k, k, config.num_experts, k * part, error)
-            for k, error in enumerate(_errors(by_importance, weight))
-            if 0 < k < config.num_experts
-        ),
-    ]
+def _measured_ms(ffn: FFNChoices, choice: Choice) -> float:
+    if choice.way == "dense":
+        return 1e3 * choice.seconds[0]
+    (time,) = measured_times(ffn, choice)
+    return 1e3 * choice.seconds[0] if time.experts is None else 1e3 * time.experts * len(ffn.match.sites)
 
 
-def _outputs(dense: DenseFFN, x: Tensor, parts: Tensor, mean: Tensor) -> Tensor:
-    """What each of the parts `[E, m]` adds beyond its mean: `[T, E, D_out]`; -1 is no neuron."""
-    hidden = dense.hidden(x) - mean
-    outputs = [hidden[:, own] @ dense.down.weight[:, own].t() for own in (part[part >= 0] for part in parts)]
-    return torch.stack(outputs, dim=1)
+def _planned(ffn: FFNChoices, choice: Choice, budget: Budget, cost: Cost) -> LayerPlan:
+    if choice.way == "dense":
+        return LayerPlan(ffn.layer.name, f"budget={budget} leaves it dense: {_why_dense(ffn)}")
+    others = [c.error for c in ffn.sparse if c.way != choice.way and cost(c) <= cost(choice)]
+    other = {"routed": "pruning", "pruned": "routing"}[choice.way]
+    instead = f"; {other} at no higher cost would add {min(others):.2g}" if others else ""
+    time = f" ({budget.say(cost(choice))})" if budget.unit == "ms" else ""
+    reason = (
+        f"{ffn.layer.reason}; budget={budget} gives it {choice.macs / ffn.dense.macs:.0%} of its multiply-adds{time}, "
+        f"{choice.way}, which adds an error of {choice.error:.2g} of the squared hidden state before refit{instead}"
+    )
+    times = measured_times(ffn, choice)
+    return replace(ffn.layer, top_k=choice.top_k, num_shared_experts=choice.num_shared, reason=reason, times=times)
 
 
-def _errors(outputs: Tensor, weight: Tensor) -> list[float]:
-    """With the first 0, 1, ..., E of the parts `[T, E, D_out]` running: the squared norm of the sum of the others."""
-    skipped = outputs.flip(1).cumsum(1).square().sum(2).flip(1)  # [T, E]
-    return [*(weight @ skipped).tolist(), 0.0]
+def _why_dense(ffn: FFNChoices) -> str:
+    if not ffn.sparse:
+        return f"no number of parts is faster at {', '.join(map(str, ffn.config.tokens))} tokens"
+    least = min(ffn.sparse, key=lambda choice: choice.error)
+    return f"the least that skipping would add to the squared hidden state is {least.error:.2g}, more than elsewhere"
 
 
-def _planned(layer: LayerPlan, choice: Choice, match: FFNMatch) -> LayerPlan:
-    share = choice.cost / (match.flops_per_token / 2 * len(match.sites))
-    if choice.num_experts == 0:
-        return LayerPlan(layer.name, "the budget is better spent on leaving it dense", times=layer.times)
-    way = "pruned" if choice.num_shared == choice.top_k else "routed"
-    return replace(
-        layer,
-        top_k=choice.top_k,
-        num_shared_experts=choice.num_shared,
-        reason=f"{layer.reason}; the budget gives it {share:.0%}, {way}",
+def _unreachable(ffns: Sequence[FFNChoices], budget: Budget, least: float, dense: float) -> str:
+    advice = "give more num_experts, of which one must run" if budget.unit == "share" else "give fewer target_tokens"
+    return (
+        f"budget={budget} cannot be kept: the {len(ffns)} FFNs that are converted take {budget.say(dense)} dense and "
+        f"{budget.say(least)} at least. Raise the budget to {budget.say(least)} or more, or {advice}"
     )

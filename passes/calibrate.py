@@ -6,7 +6,7 @@ the values that are still needed are kept for each batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.errors import CalibrationError
 from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.heap import trim_heap
 from sparsify.passes.token_layout import before_flattening
 
 _MASK = "attention_mask"  # the keyword of Hugging Face tokenizers; 0 marks padding, which no statistic should see
@@ -79,36 +80,31 @@ class CalibrationStream:
         Raises:
             CalibrationError: a token is not finite, or no token is left.
         """
+        parts = list(self.batches_at(places, name, ids))
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def batches_at(
+        self, places: Sequence[tuple[str, int]], name: str, ids: Sequence[str] = ()
+    ) -> Iterator[list[Tensor]]:
+        """As `tokens_at`, batch after batch, so that not all tokens need be held at once. A batch may hold no token."""
         by_name = {node.name: node for node in self._graph_module.graph.nodes}
-        wanted = [by_name[node] for node, _ in places]
-        self._advance([*wanted, *(by_name[node] for node in ids)])
-        tokens = [self._tokens(node, axis, name) for node, (_, axis) in zip(wanted, places, strict=True)]
-        return [*tokens, *(self._ids(by_name[node]) for node in ids)]
+        wanted = [(by_name[node], axis) for node, axis in places]
+        id_nodes = [by_name[node] for node in ids]
+        self._advance([*(node for node, _ in wanted), *id_nodes])
+        self._require_tokens(wanted[0], name)
+        for index, (environment, mask) in enumerate(zip(self._environments, self._masks, strict=True)):
+            tokens = [_read_tokens(environment[node], axis, mask, index, name) for node, axis in wanted]
+            yield [*tokens, *(_read_ids(environment[node], mask) for node in id_nodes)]
 
     def has_passed(self, name: str) -> bool:
         """The node was executed for every batch, so what it reads is not needed any more."""
         return any(node.name == name for node in self._executed)
 
-    def _tokens(self, node: Node, axis: int, name: str) -> Tensor:
-        found: list[Tensor] = []
-        for index, (environment, mask) in enumerate(zip(self._environments, self._masks, strict=True)):
-            tokens = select_tokens(environment[node].movedim(axis, -1), mask)
-            if not torch.isfinite(tokens).all():
-                raise CalibrationError(
-                    f"calibration batch {index} leads to NaN or infinite values at the input of {name}; remove that "
-                    "batch, or check that the model itself runs on it (fp16 overflows above 65504)."
-                )
-            found.append(tokens)
-        tokens = torch.cat(found)
-        if not len(tokens):
-            raise CalibrationError(f"no calibration token reaches {name}: every batch is empty or masked out.")
-        return tokens if tokens.dtype == torch.float64 else tokens.float()
-
-    def _ids(self, node: Node) -> Tensor:
+    def _require_tokens(self, place: tuple[Node, int], name: str) -> None:
+        node, axis = place
         pairs = zip(self._environments, self._masks, strict=True)
-        values = [(environment[node], mask) for environment, mask in pairs]
-        found = [select_tokens(value if value.dim() > 1 else value.unsqueeze(-1), mask) for value, mask in values]
-        return torch.cat(found).view(-1, *values[0][0].shape[1:])
+        if not any(len(select_tokens(environment[node].movedim(axis, -1), mask)) for environment, mask in pairs):
+            raise CalibrationError(f"no calibration token reaches {name}: every batch is empty or masked out.")
 
     def _advance(self, wanted: Sequence[Node]) -> None:
         """Execute, in graph order, all up to the last of `wanted`; forget what neither it nor a later node needs."""
@@ -122,6 +118,7 @@ class CalibrationStream:
         last_use = {arg: node for node in todo for arg in node.all_input_nodes}
         for environment in self._environments:
             self._run(todo, environment, last_use, needed)
+            trim_heap()
 
     def _run(
         self, todo: Sequence[Node], environment: dict[Node, Any], last_use: Mapping[Node, Node], needed: set[Node]
@@ -133,6 +130,22 @@ class CalibrationStream:
                 del environment[arg]
         for value in [value for value in environment if value not in needed]:
             del environment[value]
+
+
+def _read_ids(value: Tensor, mask: Tensor | None) -> Tensor:
+    """`[T]` of integers, `[T, A]` of embeddings."""
+    selected = select_tokens(value if value.dim() > 1 else value.unsqueeze(-1), mask)
+    return selected.view(-1, *value.shape[1:])
+
+
+def _read_tokens(value: Tensor, axis: int, mask: Tensor | None, index: int, name: str) -> Tensor:
+    tokens = select_tokens(value.movedim(axis, -1), mask)
+    if not torch.isfinite(tokens).all():
+        raise CalibrationError(
+            f"calibration batch {index} leads to NaN or infinite values at the input of {name}; remove that "
+            "batch, or check that the model itself runs on it (fp16 overflows above 65504)."
+        )
+    return tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
 def as_call(batch: object) -> Call:

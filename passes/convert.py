@@ -13,10 +13,7 @@ its token: the few tokens of huge norm that many models have (Sun et al., arXiv 
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +27,7 @@ from sparsify.passes.branches import Branch
 from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.find_layers import find_layers
 from sparsify.passes.fuse_moe import FuseMoEPass, why_not_fused
+from sparsify.passes.heap import give_freed_memory_back, trim_heap
 from sparsify.passes.insert_moe import InsertMoEPass
 from sparsify.passes.make_experts import make_experts
 from sparsify.passes.match_ffn import FFNMatch
@@ -47,7 +45,6 @@ from sparsify.routers import MergingRouter, Router, router_class
 
 _SYNTHETIC_TOKENS = 4096
 _SMALLEST_VARIANCE = 1e-4  # of the hidden state of a token, relative to the mean: a bound for its weight
-_M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def convert(
     if not todo:
         return results, 0
     if consume:
-        _give_freed_memory_back()
+        give_freed_memory_back()
     batches = [example] if calibration is None else calibration
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     may_free_early = all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
@@ -136,6 +133,8 @@ def convert(
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
+        del sample
+        trim_heap()
         copied = [branch.read(match.name) for branch in branches]
         result = make_experts(dense, original, fit, measured, options, copied, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
@@ -145,7 +144,8 @@ def convert(
         insertion.requires(graph_module)
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
         results[match.name] = _summary(result, options, len(measured.x), group)
-        del original, dense, sample, fit, measured, result, copied
+        del original, dense, fit, measured, result, copied
+        trim_heap()
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
         _free(outdated, graph_module)
@@ -244,22 +244,8 @@ def _free(
         elif id(parameter) not in kept:
             parameter.data = parameter.data.new_empty(0)
     if len(waiting) < len(outdated):
-        _give_freed_memory_back()
+        give_freed_memory_back()
     return waiting
-
-
-def _give_freed_memory_back() -> None:
-    """Trim the heap, and have glibc map every block from 64 KB on by itself, now and later.
-
-    Else it keeps blocks of up to 32 MB for itself once one of that size was freed, and they pile up between new ones.
-    """
-    gc.collect()
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # other libcs lack it
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
-        libc.malloc_trim(0)
 
 
 def _in_order(graph_module: GraphModule, matches: list[FFNMatch]) -> list[FFNMatch]:
@@ -275,25 +261,41 @@ def _sample(
     dense: DenseFFN,
     id_nodes: Sequence[str],
 ) -> Sample:
-    """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one."""
+    """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one.
+
+    Batch after batch, so that of all tokens only these two are held.
+    """
     (site,) = match.sites
     down = next(node for node in graph_module.graph.nodes if node.name == site.down)
-    places = [(site.x, site.x_axis), *((term.name, site.down_axis) for term in residual_terms(down))]
-    found = stream.tokens_at(places, match.name, id_nodes)
-    x, residuals, ids = found[0], found[1 : len(places)], found[len(places) :]
-    dense_x, *dense_residuals = reference.tokens_at(places, match.name)
-    target = torch.cat([dense(part) for part in chunks(dense_x)])
-    for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
-        target += dense_residual - residual
-    return Sample(x, target, _weights(target, residuals), ids[0] if ids else None)
+    terms = residual_terms(down)
+    places = [(site.x, site.x_axis), *((term.name, site.down_axis) for term in terms)]
+    found: list[list[Tensor]] = []
+    batches = zip(
+        stream.batches_at(places, match.name, id_nodes), reference.batches_at(places, match.name), strict=True
+    )
+    for (x, *others), (dense_x, *dense_residuals) in batches:
+        if not len(x):
+            continue
+        residuals, ids = others[: len(terms)], others[len(terms) :]
+        target = torch.cat([dense(part) for part in chunks(dense_x)])
+        for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
+            target += dense_residual - residual
+        found.append([x, target, _variance(target, residuals), *ids])
+        trim_heap()
+    x, target, variance, *ids = [torch.cat([parts.pop(0) for parts in found]) for _ in range(len(found[0]))]
+    return Sample(x, target, _weights(variance), ids[0] if ids else None)
 
 
-def _weights(target: Tensor, residuals: list[Tensor]) -> Tensor:
-    """`[T]`: one over the variance of the hidden state across features, at a mean of 1; ones where no residual is."""
+def _variance(target: Tensor, residuals: list[Tensor]) -> Tensor:
+    """`[T]`: of the hidden state across features; ones where no residual is."""
     if not residuals:
         return target.new_ones(len(target))
-    variance = (target + torch.stack(residuals).sum(0)).var(1, correction=0)
-    least = _SMALLEST_VARIANCE * variance.mean() + torch.finfo(target.dtype).tiny
+    return (target + torch.stack(residuals).sum(0)).var(1, correction=0)
+
+
+def _weights(variance: Tensor) -> Tensor:
+    """`[T]`: one over the variance, at a mean of 1."""
+    least = _SMALLEST_VARIANCE * variance.mean() + torch.finfo(variance.dtype).tiny
     weight = 1 / torch.maximum(variance, least)
     return weight / weight.mean()
 

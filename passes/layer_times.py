@@ -24,7 +24,7 @@ from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.passes.activation import ActivationName, name_activation
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.split.dense_ffn import DenseFFN, Linear
-from sparsify.passes.split.experts import Experts, divide_unevenly
+from sparsify.passes.split.experts import Experts, divide_unevenly, take_neurons
 from sparsify.passes.split.fold_vectors import fold_function
 from sparsify.routers import MLPRouter
 
@@ -42,7 +42,7 @@ class LayerTime:
         tokens: T of the call.
         predicted_dense: by the cost model; None where it knows neither device nor dtype.
         predicted_experts: the same for router, experts and shared experts.
-        form: of the experts that the cost model would choose.
+        form: of the experts that the cost model would choose; "pruned" where all that run are shared.
         dense: measured, median; None for a model without data (on the meta device).
         experts: the same for router, experts and shared experts.
     """
@@ -77,24 +77,33 @@ def time_layer(match: FFNMatch, config: SparsifyConfig, tokens: int) -> LayerTim
         config: its numbers of experts.
         tokens: T, at least 1.
     """
+    predicted = predict_layer(match, config, tokens)
+    if match.device == "meta":
+        return predicted
     function, vectors = fold_function(match)
     named = name_activation(function, len(match.projections), vectors)
+    subject = _Subject(match, function, vectors, named, config)
+    dense, experts = _measure(subject, tokens, torch.get_num_threads())
+    return replace(predicted, dense=dense, experts=experts)
+
+
+def predict_layer(match: FFNMatch, config: SparsifyConfig, tokens: int) -> LayerTime:
+    """As `time_layer`, without measurements."""
     form, experts = _predict_experts(match, config, tokens)
-    dense, measured = None, None
-    if match.device != "meta":
-        dense, measured = _measure(_Subject(match, function, vectors, named, config), tokens, torch.get_num_threads())
-    return LayerTime(tokens, _predict_dense(match, tokens), experts, form, dense, measured)
+    return LayerTime(tokens, _predict_dense(match, match.intermediate_size, tokens), experts, form, None, None)
 
 
-def _predict_dense(match: FFNMatch, tokens: int) -> float | None:
-    shape = _shape(match, match.intermediate_size, 1, 1)
+def _predict_dense(match: FFNMatch, neurons: int, tokens: int) -> float | None:
+    shape = _shape(match, neurons, 1, 1)
     return None if shape is None else Costs.load().dense_seconds(shape, tokens, packed=False)
 
 
 def _predict_experts(match: FFNMatch, config: SparsifyConfig, tokens: int) -> tuple[str, float | None]:
-    """Of the routed experts, the shared ones and the router."""
+    """Of the routed experts, the shared ones and the router; or of what pruning leaves."""
     widths = config.widths_of(match.intermediate_size)
     shared, routed = sum(widths[: config.shared]), widths[config.shared :]
+    if config.top_k == config.shared:
+        return "pruned", _predict_dense(match, shared, tokens)
     shape = _shape(match, sum(routed), len(routed), config.top_k - config.shared)  # of the mean width
     if shape is None:
         return "", None
@@ -183,8 +192,11 @@ def _runner(subject: _Subject, dense: DenseFFN) -> Callable[[Tensor], Tensor]:
     match, config = subject.match, subject.config
     widths = config.widths_of(match.intermediate_size)
     neurons = torch.arange(sum(widths), device=match.device).clamp(max=match.intermediate_size - 1)
-    unit, sizes = units_of_widths(widths[config.shared :])
     shared, own = neurons.tensor_split([sum(widths[: config.shared])])
+    if config.top_k == config.shared:
+        kept = take_neurons(dense, shared)
+        return replace(kept, down=replace(kept.down, bias=dense.down.bias))
+    unit, sizes = units_of_widths(widths[config.shared :])
     experts = divide_unevenly(dense, shared, own.view(-1, unit), None if max(sizes) == 1 else sizes)
     routed, top_k = experts.num_routed, config.top_k - config.shared
     router = MLPRouter(match.hidden_size, routed, top_k, config.router_hidden_size).to(match.device)

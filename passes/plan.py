@@ -215,8 +215,8 @@ def _objection(match: FFNMatch, config: SparsifyConfig) -> str | None:
 
 
 def _layer_times(match: FFNMatch, config: SparsifyConfig) -> tuple[LayerTime, ...]:
-    if config.start != "split" or not _fits(match, config):
-        return ()
+    if config.start != "split" or config.budget is not None or not _fits(match, config):
+        return ()  # a budget chooses the numbers first
     return tuple(time_layer(match, config, tokens) for tokens in config.tokens)
 
 

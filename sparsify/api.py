@@ -14,18 +14,18 @@ from torch.fx import GraphModule
 
 from sparsify.average_models import average_models, require_alike
 from sparsify.config import SparsifyConfig
+from sparsify.convert_budget import convert_within
 from sparsify.convert_parts import Conversion, convert_parts
-from sparsify.errors import CaptureError, NoFFNError
+from sparsify.errors import CalibrationError, CaptureError, NoFFNError
 from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
-from sparsify.passes.allocate import with_budget
+from sparsify.output_error import relative_difference, run_outputs
 from sparsify.passes.branches import Branch, read_branches
-from sparsify.passes.calibrate import Call, as_call, read_batches, without_padding
-from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, same_random_numbers
+from sparsify.passes.calibrate import Call, as_call, read_batches
+from sparsify.passes.capture import DynamicShapes, capture
 from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart, capture_parts
 from sparsify.passes.convert import convert
 from sparsify.passes.find_causality import refuse_non_causal
 from sparsify.passes.find_ffns import FoundFFNs, find_ffns
-from sparsify.passes.graph_values import tensor_leaves
 from sparsify.passes.match_ffn import FFNMatch, Rejection
 from sparsify.passes.plan import ConversionPlan, fit_plan, make_plan
 from sparsify.passes.thread_ids import IdSource, read_ids, split_added
@@ -137,6 +137,7 @@ def sparsify(
         NoFFNError: the model has no FFN that can be split.
         SelectionError: `select`, `overrides` or `plan` do not fit the FFNs of the model, or ask for more experts than
             one of them has neurons for; or the model has no ids or groups of tokens as the router needs them.
+        BudgetError: no conversion keeps the budget; the message says what can be reached.
         CausalityError: the model is causal and the router is not.
         CalibrationError: the calibration data is empty, does not fit, or leads to values that are not finite.
     """
@@ -144,7 +145,7 @@ def sparsify(
     config = _config(config, _with_branches(config, options, branches))
     if branches:
         model, allow_parts = _merged(model, branches, config), False
-    _refuse_budget(config, plan, options, calibration)
+    _refuse_budget(config, plan, options, calibration, consume_model)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     given, added = split_added(model, kwargs or {}, config.ids_name)
     clock = _Clock(progress)
@@ -153,7 +154,7 @@ def sparsify(
     _require_ffn(model, found)
     plan = make_plan(found.matches, config) if plan is None else fit_plan(plan, found.matches, config)
     refuse_non_causal(found.parts, plan, config)
-    expected, parameters_before = _dense_outputs(model, args, given), _count(model)
+    expected, parameters_before = run_outputs(model, args, given), _count(model)
     traced = read_branches(branches, _planned(found.matches, plan), args, given, dynamic_shapes)
     _refuse_other_counts(plan, len(branches) * config.granularity)
     ids, given = read_ids(found, config, added), {**given, **added}
@@ -161,16 +162,19 @@ def sparsify(
     convert_found = partial(_convert_whole, ids=ids, branches=traced) if found.is_whole else convert_parts
     done = clock.run(
         "convert",
-        lambda: convert_found(
-            model, found, plan, config, batches, (args, given), clock.layers, consume=consume_model
+        lambda: convert_within(
+            convert_found, model, found, plan, config, batches, (args, given), clock.layers, consume=consume_model
         ),
     )
-    error = clock.run("verify", lambda: _output_error(expected, done.sparse, args, given))
+    error = clock.run(
+        "verify", lambda: relative_difference(zip(expected, run_outputs(done.sparse, args, given), strict=True))
+    )
     notes = input_notes(found.parts[0].graph_module, args, given) if found.is_whole else part_notes(found.skipped)
     report = Report(
         ffns=ffn_reports(found.matches, found.rejections, done.plan, done.results),
         notes=(
             *notes,
+            *([] if done.note is None else [done.note]),
             *conversion_notes(
                 done.plan, done.results, weights_only=calibration is None, copies=config.start != "split"
             ),
@@ -225,7 +229,6 @@ def _convert_whole(
     """As `convert_parts`, for a model that is one graph."""
     (whole,) = found.parts
     call = as_call(example)
-    plan = with_budget(whole.graph_module, whole.matches, plan, config, calibration)
     results, tokens = convert(
         whole.graph_module,
         whole.matches,
@@ -261,14 +264,19 @@ def _refuse_contradiction(plan: ConversionPlan | None, options: dict[str, Any]) 
 
 
 def _refuse_budget(
-    config: SparsifyConfig, plan: ConversionPlan | None, options: dict[str, Any], calibration: object
+    config: SparsifyConfig, plan: ConversionPlan | None, options: dict[str, Any], calibration: object, consume: bool
 ) -> None:
-    if config.budget is None:
+    if config.limit is None:
         return
     if plan is not None or "top_k" in options or "num_shared_experts" in options:
         raise ValueError("budget= chooses top_k and num_shared_experts of every FFN; give one or the other")
     if calibration is None:
-        raise ValueError("budget= goes by measured errors, so it needs calibration=: batches of real inputs")
+        raise CalibrationError("budget= goes by measured errors, so it needs calibration=: batches of real inputs")
+    if consume and config.limit.unit == "error":
+        raise ValueError(
+            f"budget={config.budget!r} converts several times, so the model must stay whole; leave consume_model "
+            "out, or give the share that the report of a first run names"
+        )
 
 
 def _with_branches(
@@ -329,27 +337,6 @@ def _require_ffn(model: nn.Module, found: FoundFFNs) -> None:
         f"{type(model).__name__} has no feed-forward layer that can be split, among {linears} linear layers. {detail}"
         f"{skipped}"
     )
-
-
-@torch.no_grad()
-def _dense_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    with evaluation_mode(model), same_random_numbers():
-        return tensor_leaves(model(*args, **kwargs))
-
-
-@torch.no_grad()
-def _output_error(expected: list[Tensor], sparse: SparseModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Relative L2 difference to the dense outputs, all that are floating, padding left out."""
-    with evaluation_mode(sparse), same_random_numbers():  # routers may add noise, and drop, in training
-        pairs = list(zip(expected, tensor_leaves(sparse(*args, **kwargs)), strict=True))
-    floating = [
-        (without_padding(a, kwargs).double(), without_padding(b, kwargs).double())
-        for a, b in pairs
-        if a.is_floating_point() and a.dim() > 0
-    ]
-    difference = sum(float((a - b).square().sum()) for a, b in floating)
-    size = sum(float(a.square().sum()) for a, _ in floating)
-    return (difference / size) ** 0.5 if size else difference**0.5
 
 
 def _count(module: nn.Module) -> int:

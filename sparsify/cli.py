@@ -140,7 +140,9 @@ def convert(
     experts: Annotated[
         int, typer.Option(help="Equal parts that the neurons of an FFN are divided into.")
     ] = _DEFAULTS.num_experts,
-    top_k: Annotated[int, typer.Option(help="Parts that run for a token.")] = _DEFAULTS.top_k,
+    top_k: Annotated[
+        int | None, typer.Option(help="Parts that run for a token.", show_default=str(_DEFAULTS.top_k))
+    ] = None,
     shared: Annotated[
         int | None,
         typer.Option(help="Parts among the top-k that run for every token.", show_default="1 if 1 < top-k < experts"),
@@ -152,6 +154,15 @@ def convert(
             help="Neurons of each part, shared ones first, such as 768,384,192,192, in place of --experts; their sum "
             "is that of the FFN.",
             show_default="equal parts",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BOUND",
+            help="In the place of top-k, chosen for each FFN by measured error: 0.5 or 50%, of the multiply-adds of "
+            "the FFNs; 12ms, of their calls with as many tokens as --target-tokens says; 'error<=0.1', relative L2 "
+            "difference of the outputs to those of the dense model.",
         ),
     ] = None,
     select: Annotated[
@@ -204,16 +215,17 @@ def convert(
                 exact_start=exact_start,
                 allow_non_causal=allow_non_causal,
                 num_experts=experts,
-                top_k=top_k,
+                top_k=_DEFAULTS.top_k if top_k is None else top_k,
                 num_shared_experts=shared,
                 expert_widths=None if widths is None else _widths(widths),
+                budget=budget,
                 select=_select(select),
                 overrides=tuple(map(_override, override or ())),
                 target_tokens=tuple(target_tokens or ()),
                 refit=not no_refit,
                 seed=seed,
             )
-            _refuse_contradiction(no_calibration, calibration)
+            _refuse_contradiction(no_calibration, calibration, budget, top_k if shared is None else shared)
             _refuse_routes_without_file(routing_outputs, onnx)
         files.refuse_foreign_files(out)
         with nothing_written(), show_stages() as stages, output_folder(out) as staging:
@@ -344,7 +356,13 @@ def _one_or_several(name: str, text: str) -> int | list[int]:
     return numbers if name == "expert_widths" or len(numbers) > 1 else numbers[0]
 
 
-def _refuse_contradiction(no_calibration: bool, calibration: Path | None) -> None:
+def _refuse_contradiction(
+    no_calibration: bool, calibration: Path | None, budget: str | None, running: int | None
+) -> None:
+    if budget is not None and running is not None:
+        raise ValueError("--budget chooses --top-k and --shared of every FFN; give one or the other")
+    if budget is not None and no_calibration:
+        raise ValueError("--budget goes by errors on calibration data, so leave out --no-calibration")
     if no_calibration and calibration is not None:
         raise ValueError("--no-calibration and --calibration FILE contradict each other; give one of them")
 

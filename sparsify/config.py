@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
+from sparsify.budget import Budget, read_budget
 from sparsify.routers import LinearRouter, Reads, Router, UnitRouter, make_router
 
 if TYPE_CHECKING:
@@ -88,9 +89,16 @@ class SparsifyConfig:
             scores of whole sequences then see the future, and generation, which does not, gives something else.
         reinitialise: share of the neurons of every copy that is drawn anew, so that copies come apart in training
             (Drop-Upcycling, arXiv 2502.19261, uses 0.5). Only for "upcycle"; the start is not exact then.
-        budget: share of the multiply-adds of the converted FFNs that may remain, routers included. `top_k` and
-            `num_shared_experts` of each are then chosen by measured error, pruning and leaving it dense among the
-            choices; needs calibration data. None: `top_k` everywhere. Only for "split".
+        budget: what the FFNs that `select` takes may cost, or the model may lose. `top_k` and `num_shared_experts` of
+            each are then chosen by measured error, pruning and leaving it dense among the choices; needs calibration
+            data. None: `top_k` everywhere. Only for "split".
+            A number between 0 and 1, or "50%": share of their multiply-adds for a token that remains, routers included.
+            "12ms": milliseconds of their calls together, with as many tokens each as `target_tokens` says, on the
+            device of the model: measured for some choices, by the cost model between them, measured again for what was
+            chosen. All else that the model computes comes on top.
+            "error<=0.1": the fewest multiply-adds with which the outputs differ by no more than that from those of the
+            dense model, as relative L2 difference |converted - dense| / |dense| over all floating outputs of every
+            tenth calibration batch (at least one), which is kept out of the fit. Takes several conversions.
         select: which FFNs to convert. "auto": those that map the hidden size to itself and are wide enough to pay;
             "all": every legal one; glob patterns on names, each of which must match; a predicate on `FFNMatch`.
             The others choose among what "auto" takes, n FFNs in graph order:
@@ -104,8 +112,8 @@ class SparsifyConfig:
             one wins.
         target_tokens: tokens of a call, such as `(1, 512)`. The presets then leave an FFN dense whose experts are not
             faster at each of these sizes, as measured on the device of the model; `select="all"`, names and predicates
-            convert it all the same. The report holds prediction and measurement. Empty measures nothing, so that the
-            same model gives the same result on every machine.
+            convert it all the same. With `budget`, each number of parts is judged so. The report holds prediction and
+            measurement. Empty measures nothing, so that the same model gives the same result on every machine.
         router_hidden_size: width of the router's hidden layer.
         refit: fit the experts to the routing (needs calibration): down_proj in closed form, then `distill_steps`.
             Without it `set_top_k(num_experts)` gives the dense model back.
@@ -129,7 +137,7 @@ class SparsifyConfig:
     allow_non_causal: bool = False
     granularity: int = 1
     reinitialise: float = 0.0
-    budget: float | None = None
+    budget: float | str | None = None
     select: Select = "auto"
     overrides: Overrides = ()
     target_tokens: tuple[int, ...] | list[int] | int = ()
@@ -153,18 +161,12 @@ class SparsifyConfig:
         check_counts(self.num_experts, self.top_k, self.num_shared_experts)
         object.__setattr__(self, "router_options", tuple(sorted(dict(self.router_options).items())))
         self._check_start()
-        if self.budget is not None and not 0 < self.budget < 1:
-            raise ValueError(f"budget must be a share of the multiply-adds between 0 and 1, got {self.budget!r}")
-        if self.budget is not None and (self.start, self.router_name) != ("split", "mlp"):
-            raise ValueError(
-                f"budget= chooses parts of a split behind the router 'mlp', not start={self.start!r} with "
-                f"router={self.router_name!r}; leave it out"
-            )
+        object.__setattr__(self, "target_tokens", _read_tokens(self.target_tokens))
+        self._check_budget()
         _check_select(self.select)
         if isinstance(self.select, list):
             object.__setattr__(self, "select", tuple(self.select))
         object.__setattr__(self, "overrides", _freeze_overrides(self.overrides))
-        object.__setattr__(self, "target_tokens", _read_tokens(self.target_tokens))
         _at_least("router_hidden_size", self.router_hidden_size, 1)
         _at_least("distill_steps", self.distill_steps, 0)
         _at_least("max_calibration_tokens", self.max_calibration_tokens, 1)
@@ -185,6 +187,11 @@ class SparsifyConfig:
     def router_name(self) -> str:
         """`router` with None resolved."""
         return self.router or ("mlp" if self.start == "split" else "top-k")
+
+    @property
+    def limit(self) -> Budget | None:
+        """`budget`, read."""
+        return None if self.budget is None else read_budget(self.budget)
 
     @property
     def reads(self) -> Reads | None:
@@ -253,6 +260,24 @@ class SparsifyConfig:
                     f"{name} must be a multiple of granularity ({self.granularity}), so that whole copies run, got "
                     f"{getattr(self, name)}"
                 )
+
+    def _check_budget(self) -> None:
+        if self.limit is None:
+            return
+        if (self.start, self.router_name) != ("split", "mlp"):
+            raise ValueError(
+                f"budget= chooses parts of a split behind the router 'mlp', not start={self.start!r} with "
+                f"router={self.router_name!r}; leave it out"
+            )
+        if self.num_experts < 2:
+            raise ValueError(
+                f"budget= chooses how many parts run, so num_experts must be at least 2, got {self.num_experts}"
+            )
+        if self.limit.unit == "ms" and len(self.tokens) != 1:
+            raise ValueError(
+                f"budget={self.budget!r} is the time of one call, so say of how many tokens with one number, such as "
+                f"target_tokens=512; got {self.tokens}"
+            )
 
     def _check_router(self, router: Router) -> None:
         if router.merges and self.start == "split":

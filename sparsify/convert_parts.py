@@ -14,7 +14,6 @@ from torch import nn
 from sparsify.config import SparsifyConfig
 from sparsify.graft import graft
 from sparsify.partial_model import PartialSparseModel, copy_modules
-from sparsify.passes.allocate import with_budget
 from sparsify.passes.calibrate import Call, read_batches
 from sparsify.passes.capture_parts import PartOf, record_calls
 from sparsify.passes.convert import ConvertedLayer, convert
@@ -33,12 +32,14 @@ class Conversion:
         plan: what was done in the end.
         results: of every converted FFN, by name.
         tokens: of calibration.
+        note: what became of a budget, for the report.
     """
 
     sparse: SparseModel
     plan: ConversionPlan
     results: dict[str, ConvertedLayer]
     tokens: int
+    note: str | None = None
 
 
 def convert_parts(
@@ -85,8 +86,6 @@ def convert_parts(
         if calibration is not None:
             calls = record_calls(original, part.name, part.example, calibration)
             batches = read_batches(calls, config.max_calibration_tokens)
-            part_plan = with_budget(part.graph_module, part.matches, part_plan, config, batches)
-            layers |= {layer.name: layer for layer in part_plan.layers}
         done = len(results)
         converted, part_tokens = convert(
             part.graph_module,

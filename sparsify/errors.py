@@ -19,6 +19,10 @@ class SelectionError(SparsifyError, ValueError):
     """`select`, `overrides` or `plan` do not fit the feed-forward layers of the model."""
 
 
+class BudgetError(SparsifyError, ValueError):
+    """No conversion that the options allow keeps the budget; the message says what can be reached."""
+
+
 class CausalityError(SparsifyError, ValueError):
     """A router would let tokens of a causal model depend on later ones."""
 

@@ -290,6 +290,18 @@ def test_target_tokens_reach_plan_and_export(tmp_path):
     assert result["export"]["target_tokens"] == [3, 40]
 
 
+@pytest.mark.parametrize("budget", ["0.5", "error<=0.9", "60000ms"])
+def test_a_budget_reaches_the_conversion(tmp_path, budget):
+    """Each form is read, spent, reported, and written down as a config that can be read again."""
+    options = ("--budget", budget, "--experts", "4", "--select", "all", "--target-tokens", "8", "--no-onnx", "--json")
+    result = json.loads(run("convert", "tiny_factory:model", "-o", tmp_path / "out", *options).stdout)
+    [ffn] = result["report"]["ffns"]
+    assert "budget=" in ffn["reason"]
+    assert any(note.startswith("budget=") for note in result["report"]["notes"])
+    config = SparsifyConfig(**json.loads((tmp_path / "out" / "conversion.json").read_text())["config"])
+    assert config.budget == budget
+
+
 def test_files_of_others_are_not_overwritten(tmp_path):
     """The weights of the dense model have the same name, and -o with its folder is a slip of the hand."""
     (tmp_path / "model.safetensors").write_text("precious")
@@ -329,6 +341,11 @@ def test_files_of_others_are_not_overwritten(tmp_path):
         (["tiny_factory:model", "--target", "tpu"], "ort-cpu"),
         (["tiny_factory:model", "--ids-input", "x"], "ids_input='x' is for routers that read ids, labels or"),
         (["tiny_factory:model", "--routing-outputs", "--no-onnx"], "which --no-onnx leaves out; give one of them"),
+        (["tiny_factory:model", "--budget", "12"], "budget='12ms'"),
+        (["tiny_factory:model", "--budget", "12ms"], "such as target_tokens=512"),
+        (["tiny_factory:model", "--budget", "0.5", "--top-k", "2"], "give one or the other"),
+        (["tiny_factory:model", "--budget", "0.5", "--no-calibration"], "leave out --no-calibration"),
+        (["tiny_factory:model", "--budget", "1%", "--select", "all"], "Raise the budget to 6.25% or more"),
     ],
 )
 def test_bad_input_is_refused_with_one_message(tmp_path, arguments, message):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsify.config import SparsifyConfig
 from sparsify.expert_units import units_of_widths
+from sparsify.passes.heap import trim_heap
 from sparsify.passes.run_experts import run_experts
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_by_width, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN
@@ -109,11 +110,13 @@ def split_ffn(
         tokens_per_expert=tokens_per_expert(experts, router, fit),
         routed_tokens=len(fit.x),
     )
+    trim_heap()
     if not may_fit or router.rule != "one":
         return result
     expert_ids = torch.cat([router(*part)[1] for part in few.parts()])
     mean = torch.cat([statistics.mean[shared.clamp(min=0)], mean.flatten()])
     experts = refit(experts, mean, few.x, few.target, few.weight, expert_ids, config.ridge)
+    trim_heap()
     fitted = replace(
         result, experts=experts, error=relative_error(experts, router, measured), error_before_refit=error
     )
@@ -182,6 +185,7 @@ def relative_error(experts: Experts, router: Router | None, sample: Sample) -> f
         y = experts(x, nobody(x)) if router is None else run_experts(experts, router, x, ids)[0]
         difference += float(weight.double() @ (y - target).double().square().sum(1))
         size += float(weight.double() @ target.double().square().sum(1))
+    trim_heap()
     return (difference / size) ** 0.5 if size else difference**0.5
 
 

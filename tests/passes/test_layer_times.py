@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import SparsifyConfig, inspect, sparsify
-from sparsify.passes import plan
+from sparsify.passes import layer_times, plan
 from sparsify.passes.layer_times import LayerTime, time_layer
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.plan import ConversionPlan
@@ -44,6 +44,23 @@ def test_times(activation: Callable[[Tensor], Tensor]) -> None:
     assert all(time is not None and 0 < time < 1 for time in times)
     assert "measured" in str(found)
     assert "ms" in str(found)
+
+
+def test_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: without routed experts no router runs, only the neurons that are kept, and less is predicted."""
+    subjects: list[Any] = []
+    monkeypatch.setattr(layer_times, "_measure", lambda subject, *_: subjects.append(subject) or (2.0, 1.0))
+    match, x = match_of(block(16, 68), 16), torch.randn(5, 16)
+    few, most = (time_layer(match, SparsifyConfig(num_experts=4, top_k=k, num_shared_experts=k), 256) for k in (1, 3))
+    assert few.form == "pruned"
+    assert few.experts == 1.0
+    assert few.predicted_experts is not None
+    assert most.predicted_experts is not None
+    assert few.predicted_experts < most.predicted_experts
+    dense = layer_times._random_ffn(subjects[1])
+    hidden = dense.hidden(x)
+    hidden[:, 51:] = 0
+    torch.testing.assert_close(layer_times._runner(subjects[1], dense)(x), dense.down(hidden))
 
 
 def test_without_data_there_is_a_prediction_only() -> None:

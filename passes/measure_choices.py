@@ -1,0 +1,135 @@
+"""What each way to convert an FFN would cost, and how far it would move the hidden state.
+
+Every FFN is divided as for a conversion, on a few tokens of the dense model, and measured with each number of parts
+running: routed (the parts of largest norm, as a good router would choose), pruned (always the same parts, which needs
+no router), or left dense. What is skipped leaves its mean. An error counts relative to the hidden state that it enters,
+
+    error = mean over tokens of |what is skipped|^2 / |hidden state|^2,
+
+so that layers can be compared. Errors are taken before refit and training, which lower all of them.
+
+T tokens, E parts, D_out output features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from sparsify.config import SparsifyConfig
+from sparsify.passes.calibrate import CalibrationStream, Call
+from sparsify.passes.choices import Choice, FFNChoices
+from sparsify.passes.match_ffn import FFNMatch
+from sparsify.passes.plan import ConversionPlan
+from sparsify.passes.residual import residual_terms
+from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
+from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
+from sparsify.passes.split.fold_vectors import fold_vectors
+from sparsify.passes.split.statistics import importance, measure_neurons
+
+_TOKENS = 4096  # that run through the dense model
+_MEASURED = 512  # of them, for the errors: [512, E, D_out]
+
+
+@torch.no_grad()
+def measure_choices(
+    graph_module: GraphModule,
+    matches: Sequence[FFNMatch],
+    plan: ConversionPlan,
+    config: SparsifyConfig,
+    batches: Sequence[Call],
+) -> list[FFNChoices]:
+    """Measure every FFN of a graph that `plan` converts.
+
+    Args:
+        graph_module: where `matches` were found; it is not changed.
+        matches: all of them.
+        plan: has an entry for each of them; its numbers of experts are used, not its top_k.
+        config: how to divide.
+        batches: tokens to measure on.
+
+    Returns:
+        Their choices in the order of the graph, without seconds.
+    """
+    layers = {layer.name: layer for layer in plan.layers}
+    position = {node.name: i for i, node in enumerate(graph_module.graph.nodes)}
+    todo = [match for match in matches if layers[match.name].converts]
+    todo.sort(key=lambda match: position[match.sites[0].x])
+    stream = CalibrationStream(GraphModule(graph_module, copy.deepcopy(graph_module.graph)), _few(batches))
+    found: list[FFNChoices] = []
+    for match in todo:
+        layer = layers[match.name]
+        choices = _choices(graph_module, stream, match, layer.configure(config))
+        found.append(FFNChoices(match, layer, config, choices[0], tuple(choices[1:])))
+    return found
+
+
+def _few(batches: Sequence[Call]) -> list[Call]:
+    """Whole batches from all over the data, about as many as hold the tokens that are needed."""
+    count = max(1, min(len(batches), _TOKENS // max(1, _size(batches[0]))))
+    return [batches[i * len(batches) // count] for i in range(count)]
+
+
+def _size(call: Call) -> int:
+    if call.mask is not None:
+        return int(call.mask.sum())
+    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+    return tensors[0].shape[:2].numel() if tensors else 1
+
+
+def _choices(
+    graph_module: GraphModule, stream: CalibrationStream, match: FFNMatch, config: SparsifyConfig
+) -> list[Choice]:
+    site = match.sites[0]
+    down = next(node for node in graph_module.graph.nodes if node.name == site.down)
+    places = [(site.x, site.x_axis), *((term.name, site.down_axis) for term in residual_terms(down))]
+    x, *residuals = stream.tokens_at(places, match.name)
+    match, dense = fold_vectors(match, read_ffn(graph_module, match))
+    rows = torch.arange(0, len(x), -(-len(x) // _MEASURED))
+    hidden = dense(x[rows]) + sum(residual[rows] for residual in residuals)
+    weight = 1 / (hidden.square().sum(1) + torch.finfo(hidden.dtype).tiny) / len(rows)
+    num_shared = 1 if config.num_experts > 2 else 0
+    statistics = measure_neurons(dense, x)
+    scores = importance(dense, statistics)
+    routed = choose_neurons(activation_profiles(dense, x), scores, config.num_experts, num_shared, config.seed)
+    size = routed.shape[1]
+    pruned = torch.full((config.num_experts * size,), -1)
+    pruned[: len(scores)] = scores.argsort(descending=True, stable=True)
+    mean = statistics.mean.to(x.dtype)
+    by_expert = _outputs(dense, x[rows], routed, mean)[:, num_shared:]
+    order = by_expert.square().sum(2).argsort(dim=1, descending=True)
+    by_norm = by_expert.gather(1, order.unsqueeze(2).expand_as(by_expert))
+    by_importance = _outputs(dense, x[rows], pruned.view(-1, size), mean)
+    macs = match.flops_per_token / 2 * len(match.sites)
+    part = macs / config.num_experts
+    router = config.router_hidden_size * (match.hidden_size + config.num_experts - num_shared) * len(match.sites)
+    return [
+        Choice(0, 0, 0, macs, 0.0),
+        *(
+            Choice(k + num_shared, num_shared, config.num_experts, (k + num_shared) * part + router, error)
+            for k, error in enumerate(_errors(by_norm, weight))
+            if 0 < k < by_norm.shape[1]
+        ),
+        *(
+            Choice(k, k, config.num_experts, k * part, error)
+            for k, error in enumerate(_errors(by_importance, weight))
+            if 0 < k < config.num_experts
+        ),
+    ]
+
+
+def _outputs(dense: DenseFFN, x: Tensor, parts: Tensor, mean: Tensor) -> Tensor:
+    """What each of the parts `[E, m]` adds beyond its mean: `[T, E, D_out]`; -1 is no neuron."""
+    hidden = dense.hidden(x) - mean
+    outputs = [hidden[:, own] @ dense.down.weight[:, own].t() for own in (part[part >= 0] for part in parts)]
+    return torch.stack(outputs, dim=1)
+
+
+def _errors(outputs: Tensor, weight: Tensor) -> list[float]:
+    """With the first 0, 1, ..., E of the parts `[T, E, D_out]` running: the squared norm of the sum of the others."""
+    skipped = outputs.flip(1).cumsum(1).square().sum(2).flip(1)  # [T, E]
+    return [*(weight @ skipped).tolist(), 0.0]
