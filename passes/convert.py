@@ -127,7 +127,7 @@ def convert(
         if len(match.sites) > 1:
             sample = _pooled(dense_module, batches, match, dense, config.max_calibration_tokens, ids)
         else:
-            sample = _sample(reference, stream, graph_module, match, dense, id_nodes)
+            sample = _sample(reference, stream, graph_module, match, id_nodes)
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
@@ -250,17 +250,16 @@ def _sample(
     stream: CalibrationStream,
     graph_module: GraphModule,
     match: FFNMatch,
-    dense: DenseFFN,
     id_nodes: Sequence[str],
 ) -> Sample:
     """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one."""
     (site,) = match.sites
     down = next(node for node in graph_module.graph.nodes if node.name == site.down)
-    places = [(site.x, site.x_axis), *((term.name, site.down_axis) for term in residual_terms(down))]
+    residual_places = [(term.name, site.down_axis) for term in residual_terms(down)]
+    places = [(site.x, site.x_axis), *residual_places]
     found = stream.tokens_at(places, match.name, id_nodes)
     x, residuals, ids = found[0], found[1 : len(places)], found[len(places) :]
-    dense_x, *dense_residuals = reference.tokens_at(places, match.name)
-    target = torch.cat([dense(part) for part in chunks(dense_x)])
+    target, *dense_residuals = reference.tokens_at([(site.down, site.down_axis), *residual_places], match.name)
     for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
         target += dense_residual - residual
     return Sample(x, target, _weights(target, residuals), ids[0] if ids else None)

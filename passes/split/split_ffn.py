@@ -1,6 +1,6 @@
 """One dense FFN and a sample of its inputs -> routed experts: the methods of this folder in their order.
 
-statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit -> distil
+statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit -> distil -> refit
 T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, m neurons of an expert.
 """
 
@@ -28,6 +28,7 @@ from sparsify.routers import Router, UnitRouter
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
 _CLOSED_FORM_TOKENS = 16_384  # where training on all of them follows
+_RIDGE_AT_END = 0.1  # the pull to what training found
 _HELD_OUT = 10  # every tenth token is kept out of every fit
 
 
@@ -108,8 +109,7 @@ def split_ffn(
     )
     if not may_fit or router.rule != "one":
         return result
-    expert_ids = torch.cat([router(*part)[1] for part in few.parts()])
-    experts = refit(experts, mean.flatten(), few.x, few.target, few.weight, expert_ids, config.ridge)
+    experts = _refit(experts, router, mean.flatten(), few, config.ridge)
     fitted = replace(
         result, experts=experts, error=relative_error(experts, router, measured), error_before_refit=error
     )
@@ -118,6 +118,7 @@ def split_ffn(
     experts, router = distill_block(
         experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
     )
+    experts = _refit(experts, router, mean.flatten(), fit, _RIDGE_AT_END)
     trained_error = relative_error(experts, router, measured)
     if trained_error >= fitted.error:  # few tokens can be learned by heart
         return fitted
@@ -138,6 +139,11 @@ def _prune(
         return result
     experts = refit(experts, mean, fit.x, fit.target, fit.weight, nobody(fit.x), config.ridge)
     return replace(result, experts=experts, error=relative_error(experts, None, measured), error_before_refit=error)
+
+
+def _refit(experts: Experts, router: Router, mean: Tensor, sample: Sample, ridge: float) -> Experts:
+    expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
+    return refit(experts, mean, sample.x, sample.target, sample.weight, expert_ids, ridge)
 
 
 def _thin(sample: Sample) -> Sample:
