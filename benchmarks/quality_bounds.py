@@ -50,7 +50,7 @@ def main(
 ) -> None:
     """Print a row a bound."""
     subject = load_subject(model, cast("Any", split), None)
-    print(subject.data)
+    print(f"{subject.data}; {f'the first {calls} batches' if calls else 'all batches'} of the calibration")
     print(_row("dense", 1.0, subject, subject.model))
     for share in budget or (0.25, 0.5):
         for name, function in _BOUNDS.items():

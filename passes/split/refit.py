@@ -94,7 +94,9 @@ class _Moments:
     def solve(self, old: Tensor, ridge: float, num_neurons: int) -> tuple[Tensor, Tensor]:
         """Weights `[inputs, outputs]` and intercept `[outputs]`; `old` is what the weights are pulled to."""
         mean_inputs, mean_outputs = self.sum_inputs / self.total, self.sum_outputs / self.total
-        gram = self.gram.triu() + self.gram.triu(1).t() - self.total * torch.outer(mean_inputs, mean_inputs)
+        gram = self.gram.triu()
+        gram += gram.triu(1).t()
+        gram.addr_(mean_inputs, mean_inputs, alpha=-self.total)
         cross = self.cross - self.total * torch.outer(mean_inputs, mean_outputs)
         pull = ridge * self.gram.diagonal()[:num_neurons].mean().clamp(min=1e-12)
         gram.diagonal().add_(pull)

@@ -1,6 +1,6 @@
 """One dense FFN and a sample of its inputs -> routed experts: the methods of this folder in their order.
 
-statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit -> distil -> refit
+statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> distil -> refit
 T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, m neurons of an expert.
 """
 
@@ -80,7 +80,8 @@ def split_ffn(
         dense: the FFN.
         original: the same before its vectors were folded; the receipt is taken against it.
         fit: tokens to fit to, T > 0, dtype of `dense`.
-        measured: tokens for the reported errors; training that does not lower the error on them is dropped.
+        measured: tokens for the reported errors; training that does not lower the error on them is dropped, also where
+            the refit alone lowers it more, which is tried where tokens are few.
         config: `num_experts` must not exceed F.
         may_refit: `fit` are real tokens, so the refit can be trusted.
 
@@ -109,21 +110,32 @@ def split_ffn(
     )
     if not may_fit or router.rule != "one":
         return result
-    experts = _refit(experts, router, mean.flatten(), few, config.ridge)
-    fitted = replace(
+    trained = _train(result, router, mean, fit, measured, config) if trains and isinstance(router, UnitRouter) else None
+    if trained is not None and len(fit.x) > len(few.x) and trained.error < error:
+        return trained
+    experts = _refit(experts, router, mean, few, config.ridge)
+    closed = replace(
         result, experts=experts, error=relative_error(experts, router, measured), error_before_refit=error
     )
-    if not trains or not isinstance(router, UnitRouter):
-        return fitted
+    return closed if trained is None or trained.error >= closed.error else trained  # few can be learned by heart
+
+
+def _train(
+    folded: SplitResult, router: UnitRouter, mean: Tensor, fit: Sample, measured: Sample, config: SparsifyConfig
+) -> SplitResult:
+    """Train, then refit on all tokens; a refit before the training would change nothing in the end."""
     experts, router = distill_block(
-        experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
+        folded.experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
     )
-    experts = _refit(experts, router, mean.flatten(), fit, _RIDGE_AT_END)
-    trained_error = relative_error(experts, router, measured)
-    if trained_error >= fitted.error:  # few tokens can be learned by heart
-        return fitted
-    loads = tokens_per_expert(experts, router, fit)
-    return replace(fitted, experts=experts, router=router, error=trained_error, tokens_per_expert=loads)
+    experts = _refit(experts, router, mean, fit, _RIDGE_AT_END)
+    return replace(
+        folded,
+        experts=experts,
+        router=router,
+        error=relative_error(experts, router, measured),
+        error_before_refit=folded.error,
+        tokens_per_expert=tokens_per_expert(experts, router, fit),
+    )
 
 
 def _prune(
@@ -142,8 +154,9 @@ def _prune(
 
 
 def _refit(experts: Experts, router: Router, mean: Tensor, sample: Sample, ridge: float) -> Experts:
+    """`mean` is that of the neurons before any training, `[E, m]`: it only centres."""
     expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
-    return refit(experts, mean, sample.x, sample.target, sample.weight, expert_ids, ridge)
+    return refit(experts, mean.flatten(), sample.x, sample.target, sample.weight, expert_ids, ridge)
 
 
 def _thin(sample: Sample) -> Sample:
