@@ -172,7 +172,7 @@ class _Insert(InsertMoEPass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """See `InsertMoEPass.call`."""
-        if self.router is None or self.experts.down.shape[2] > 1:
+        if not isinstance(self.router, UnitRouter) or self.experts.down.shape[2] > 1:
             return super().call(graph_module)
         (site,) = self.match.sites
         nodes = {node.name: node for node in graph_module.graph.nodes}
