@@ -116,7 +116,7 @@ class SparsifyConfig:
     router_hidden_size: int = 64
     refit: bool = True
     distill_steps: int = 300
-    ridge: float = 1e-3
+    ridge: float = 0.1
     max_calibration_tokens: int = 65_536
     seed: int = 0
 

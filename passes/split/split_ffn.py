@@ -28,7 +28,6 @@ from sparsify.routers import Router, UnitRouter
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
 _CLOSED_FORM_TOKENS = 16_384  # where training on all of them follows
-_RIDGE_AT_END = 0.1  # the pull to what training found
 _HELD_OUT = 10  # every tenth token is kept out of every fit
 
 
@@ -106,18 +105,31 @@ def split_ffn(
         receipt=receipt(original, experts, torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])),
         error=error,
         error_before_refit=None,
-        tokens_per_expert=tokens_per_expert(experts, router, fit),
+        tokens_per_expert=(),
     )
-    if not may_fit or router.rule != "one":
-        return result
-    trained = _train(result, router, mean, fit, measured, config) if trains and isinstance(router, UnitRouter) else None
-    if trained is not None and len(fit.x) > len(few.x) and trained.error < error:
+    if may_fit and router.rule == "one":
+        result = _fit(result, router, mean, fit, few, measured, config, trains=trains)
+    router = result.router or router
+    return replace(result, tokens_per_expert=tokens_per_expert(result.experts, router, fit))
+
+
+def _fit(
+    folded: SplitResult,
+    router: Router,
+    mean: Tensor,
+    fit: Sample,
+    few: Sample,
+    measured: Sample,
+    config: SparsifyConfig,
+    *,
+    trains: bool,
+) -> SplitResult:
+    """Trained experts, or refitted ones where tokens are few, which can be learned by heart, or training fails."""
+    trained = _train(folded, router, mean, fit, measured, config) if trains and isinstance(router, UnitRouter) else None
+    if trained is not None and len(fit.x) > len(few.x) and trained.error < folded.error:
         return trained
-    experts = _refit(experts, router, mean, few, config.ridge)
-    closed = replace(
-        result, experts=experts, error=relative_error(experts, router, measured), error_before_refit=error
-    )
-    return closed if trained is None or trained.error >= closed.error else trained  # few can be learned by heart
+    closed = _refit(folded, router, mean, few, measured, config)
+    return closed if trained is None or trained.error >= closed.error else trained
 
 
 def _train(
@@ -127,15 +139,18 @@ def _train(
     experts, router = distill_block(
         folded.experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
     )
-    experts = _refit(experts, router, mean, fit, _RIDGE_AT_END)
-    return replace(
-        folded,
-        experts=experts,
-        router=router,
-        error=relative_error(experts, router, measured),
-        error_before_refit=folded.error,
-        tokens_per_expert=tokens_per_expert(experts, router, fit),
-    )
+    return _refit(replace(folded, experts=experts, router=router), router, mean, fit, measured, config)
+
+
+def _refit(
+    result: SplitResult, router: Router, mean: Tensor, sample: Sample, measured: Sample, config: SparsifyConfig
+) -> SplitResult:
+    """`mean` is that of the neurons before any training, `[E, m]`: it only centres."""
+    expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
+    tokens = (sample.x, sample.target, sample.weight)
+    experts = refit(result.experts, mean.flatten(), *tokens, expert_ids, config.ridge)
+    error = relative_error(experts, router, measured)
+    return replace(result, experts=experts, error=error, error_before_refit=result.error)
 
 
 def _prune(
@@ -151,12 +166,6 @@ def _prune(
         return result
     experts = refit(experts, mean, fit.x, fit.target, fit.weight, nobody(fit.x), config.ridge)
     return replace(result, experts=experts, error=relative_error(experts, None, measured), error_before_refit=error)
-
-
-def _refit(experts: Experts, router: Router, mean: Tensor, sample: Sample, ridge: float) -> Experts:
-    """`mean` is that of the neurons before any training, `[E, m]`: it only centres."""
-    expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
-    return refit(experts, mean.flatten(), sample.x, sample.target, sample.weight, expert_ids, ridge)
 
 
 def _thin(sample: Sample) -> Sample:
