@@ -231,6 +231,7 @@ def _sparse(dense: _Dense, case: Layer, activation: str) -> SparseModel:
     root = nn.Module()
     root.experts = _Experts(dense, case)
     root.router = MLPRouter(case.hidden_size, case.num_experts, case.top_k, _ROUTER)
+    _balance(root.router, case.hidden_size)
     graph = fx.Graph()
     x = graph.placeholder("x")
     x.meta[SIZES_KEY] = ("tokens", case.hidden_size)
@@ -242,6 +243,18 @@ def _sparse(dense: _Dense, case: Layer, activation: str) -> SparseModel:
     sparse = SparseModel(root, graph)
     sparse.info = SparseModelInfo((torch.randn(8, case.hidden_size),), {}, {}, None)
     return sparse
+
+
+@torch.no_grad()
+def _balance(router: MLPRouter, hidden_size: int) -> None:
+    """Give every expert its share of the tokens.
+
+    Random weights choose a few of 8 experts nearly always, so that a layer would read fewer weights than a trained one.
+    """
+    logits = router.logits(torch.randn(4096, hidden_size))  # [T, E]
+    deviation, mean = torch.std_mean(logits, 0)
+    router.output.weight.div_(deviation[:, None])
+    router.output.bias.sub_(mean).div_(deviation)
 
 
 def _open(file: Path, threads: int) -> Any:

@@ -105,7 +105,7 @@ def _refitted(
     ids = torch.cat([router(part)[1] for part in chunks(few.x)])
     experts = refit(folded, mean.flatten(), few.x, few.target, few.weight, ids, config.ridge)
     whole = receipt(original, folded, few.x[:8]) if folded.down.shape[2] > 1 else 0.0
-    return SplitResult(experts, router, whole, 0.0, None, (0,) * folded.num_routed)
+    return SplitResult(experts, router, whole, 0.0, None, (0,) * folded.num_routed, len(few.x))
 
 
 def _thin(sample: Sample) -> Sample:

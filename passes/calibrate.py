@@ -70,11 +70,11 @@ class CalibrationStream:
             places: names of nodes, the input of an FFN and others that were not passed yet, each with the axis of its
                 features, counted from the end.
             name: of the FFN, for the error message.
-            ids: names of nodes that hold an integer for every token.
+            ids: names of nodes that hold an integer, or an embedding, for every token.
 
         Returns:
             `[T, D]` per node: the tokens of all batches without padding, fp32 (fp64 in an fp64 model); then `[T]` int64
-            for each of `ids`.
+            or `[T, A]` for each of `ids`.
 
         Raises:
             CalibrationError: a token is not finite, or no token is left.
@@ -106,8 +106,9 @@ class CalibrationStream:
 
     def _ids(self, node: Node) -> Tensor:
         pairs = zip(self._environments, self._masks, strict=True)
-        found = [select_tokens(environment[node].unsqueeze(-1), mask) for environment, mask in pairs]
-        return torch.cat(found).squeeze(-1)
+        values = [(environment[node], mask) for environment, mask in pairs]
+        found = [select_tokens(value if value.dim() > 1 else value.unsqueeze(-1), mask) for value, mask in values]
+        return torch.cat(found).view(-1, *values[0][0].shape[1:])
 
     def _advance(self, wanted: Sequence[Node]) -> None:
         """Execute, in graph order, all up to the last of `wanted`; forget what neither it nor a later node needs."""

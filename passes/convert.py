@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 
 from sparsify.config import SparsifyConfig
 from sparsify.errors import SelectionError
+from sparsify.passes.branches import Branch
 from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.find_layers import find_layers
 from sparsify.passes.fuse_moe import FuseMoEPass, why_not_fused
@@ -42,7 +43,7 @@ from sparsify.passes.thread_ids import IdSource, thread_ids
 from sparsify.passes.token_layout import group_size
 from sparsify.passes.upcycle_ffn import starts_exact
 from sparsify.passes.verify import check_receipt
-from sparsify.routers import Router, router_class
+from sparsify.routers import MergingRouter, Router, router_class
 
 _SYNTHETIC_TOKENS = 4096
 _SMALLEST_VARIANCE = 1e-4  # of the hidden state of a token, relative to the mean: a bound for its weight
@@ -58,8 +59,9 @@ class ConvertedLayer:
         gap: the start is not exact, as routing weights scale experts or tokens are left out; `error` says by how much.
         num_parameters: of experts and router.
         router_flops: per token, 2 per multiply-add.
-        group: how many tokens compete for its experts at the example inputs, for a router that reads groups; 0 where
-            these are all tokens of a call, None for any other router.
+        group: how many tokens compete for its experts, or share a merged one, at the example inputs, for a router that
+            reads groups; 0 where these are all tokens of a call, None for any other router.
+        merges: the tokens of a group share merged experts.
         unfused: why its experts run as a chain of ops, not as one; None where they are one.
     """
 
@@ -72,6 +74,7 @@ class ConvertedLayer:
     error_before_refit: float | None
     tokens_per_expert: tuple[int, ...]
     group: int | None = None
+    merges: bool = False
     unfused: str | None = None
 
 
@@ -87,6 +90,7 @@ def convert(
     *,
     consume: bool = False,
     ids: IdSource | None = None,
+    branches: Sequence[Branch] = (),
 ) -> tuple[dict[str, ConvertedLayer], int]:
     """Convert the planned FFNs in place.
 
@@ -100,6 +104,7 @@ def convert(
         progress: called with the number of layers done and in all.
         consume: free the dense weights of every layer once it is converted, wherever else they are held.
         ids: the input that ids of tokens come from, for a router that reads them.
+        branches: models whose FFNs become experts, in their order; none: copies or parts of the FFNs in the graph.
 
     Returns:
         The result of every converted FFN by name, and the number of calibration tokens.
@@ -131,15 +136,16 @@ def convert(
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
-        result = make_experts(dense, original, fit, measured, options, may_refit=calibration is not None)
+        copied = [branch.read(match.name) for branch in branches]
+        result = make_experts(dense, original, fit, measured, options, copied, may_refit=calibration is not None)
         check_receipt(match.name, result.receipt)
         _check_group(result.router, group, match.name)
         before, last_down = list(graph_module.parameters()), [site.down for site in match.sites][-1]
         insertion = InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad, id_nodes)
         insertion.requires(graph_module)
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
-        results[match.name] = replace(_summary(result, options, len(measured.x)), group=group)
-        del original, dense, sample, fit, measured, result
+        results[match.name] = _summary(result, options, len(measured.x), group)
+        del original, dense, sample, fit, measured, result, copied
         outdated += [(last_down, parameter) for parameter in before] if consume else []
     if consume:
         _free(outdated, graph_module)
@@ -176,29 +182,45 @@ def _check_group(router: Router | None, group: int | None, name: str) -> None:
         raise SelectionError(f"{name}: {error}") from error
 
 
-def _summary(result: SplitResult, options: SparsifyConfig, tokens: int) -> ConvertedLayer:
+def _summary(result: SplitResult, options: SparsifyConfig, tokens: int, group: int | None) -> ConvertedLayer:
     router = [] if result.router is None else list(result.router.parameters())
     return ConvertedLayer(
-        neurons_per_token=_neurons_per_token(result, tokens),
+        neurons_per_token=_neurons_per_token(result),
         gap=result.router is not None and options.start != "shared" and not starts_exact(result.router),
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
-        router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
+        router_flops=_router_flops(result, group or tokens),
         receipt=result.receipt,
         error=result.error,
         error_before_refit=result.error_before_refit,
         tokens_per_expert=result.tokens_per_expert,
+        group=group,
+        merges=isinstance(result.router, MergingRouter),
     )
 
 
-def _neurons_per_token(result: SplitResult, tokens: int) -> int:
-    """Of the shared experts and of the routed ones; the mean over `tokens` where their number varies."""
+def _router_flops(result: SplitResult, group: int) -> int:
+    """Per token; experts are merged once for a segment of a `group` of tokens."""
+    router, experts = result.router, result.experts
+    if router is None:
+        return 0
+    flops = 2 * sum(parameter.numel() for parameter in router.parameters() if parameter.dim() == 2)
+    if not isinstance(router, MergingRouter):
+        return flops
+    merged = sum(weight.numel() for weight in (*experts.projections, experts.down))
+    return -(-(flops + 2 * merged) // max(1, int(min(router.segment(group), group))))
+
+
+def _neurons_per_token(result: SplitResult) -> int:
+    """Of the shared experts and of the routed ones; the mean over the tokens whose loads are known where it varies."""
     experts, router = result.experts, result.router
     always = 0 if experts.shared is None else experts.shared.down.weight.shape[1]
     if router is None:
         return always
-    varies = router.num_slots != router.top_k and tokens > 0
-    active = sum(result.tokens_per_expert) / tokens if varies else router.top_k
-    return round(active * experts.down.shape[2]) + always
+    varies = (router.num_slots != router.top_k or experts.sizes is not None) and not router.merges
+    if not varies or not result.routed_tokens:
+        return round(router.top_k * sum(experts.widths) / experts.num_routed) + always
+    loads = zip(result.tokens_per_expert, experts.widths, strict=True)
+    return round(sum(load * width for load, width in loads) / result.routed_tokens) + always
 
 
 def _free(

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.capture import capture
 from sparsify.passes.find_layers import Layer, LayerFacts, find_layers
 from sparsify.passes.fuse_moe import unfuse_moe
+from sparsify.passes.lower_onnx.as_written import as_written, deviates, deviation_of, flat_model
 from sparsify.passes.lower_onnx.choose_lowering import (
     DEFAULT_TOKENS,
     LoweringTime,
@@ -39,7 +40,7 @@ from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
 from sparsify.passes.lower_onnx.expert_region import ExpertRegion, find_regions
 from sparsify.passes.lower_onnx.flat_graph import flatten_graph, with_names
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
-from sparsify.passes.lower_onnx.lowerings import Lowering, Target
+from sparsify.passes.lower_onnx.lowerings import Deviation, Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 from sparsify.passes.lower_onnx.metadata import QUANTIZED, FileLayer, conversions, metadata
 from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
@@ -48,7 +49,7 @@ from sparsify.passes.lower_onnx.quantize_experts import quantize_experts as quan
 from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
-from sparsify.passes.lower_onnx.values import input_of
+from sparsify.passes.thread_ids import own_inputs
 from sparsify.passes.verify_onnx import (
     OnnxParity,
     QuantizationError,
@@ -115,6 +116,8 @@ class ExportReport:
         file_bytes: the size of the file and its external data.
         dense_path: the dense model beside it, if one was given.
         quantized: the error of quantised experts; None where they have the dtype of the model.
+        deviation: by how much the outputs differ from the model's (max|difference| / max|output|, at the example
+            inputs) because of what `allow` let the file compute instead; None where it does what the model does.
     """
 
     path: Path
@@ -126,6 +129,7 @@ class ExportReport:
     file_bytes: int
     dense_path: Path | None
     quantized: QuantizedExperts | None = None
+    deviation: float | None = None
 
     @property
     def load_seconds(self) -> float | None:
@@ -143,6 +147,8 @@ class ExportReport:
         lines = [f"{self.path}: {size}, for {self.target} at {tokens} tokens a call"]
         lines += [f"  {layer}" for layer in self.layers]
         lines.append(f"  {self.parity or 'not checked in onnxruntime'}")
+        if self.deviation is not None:
+            lines.append(f"  outputs moved by {self.deviation:.1e} (relative) through what was allowed")
         if self.quantized:
             lines.append(f"  {self.quantized}")
         if self.dense_path:
@@ -158,6 +164,7 @@ def export_onnx(
     lowering: Literal["auto"] | Lowering = "auto",
     target_tokens: int | Sequence[int] = DEFAULT_TOKENS,
     measure: bool = False,
+    allow: Collection[Deviation] = (),
     routing_outputs: bool = False,
     opset: int = 20,
     input_names: Sequence[str] | None = None,
@@ -178,9 +185,13 @@ def export_onnx(
         target: what will run it. "portable" keeps to standard operators.
         lowering: "expert_chain" and "sorted_split" compute the chosen experts in standard operators, "dense_masked"
             all experts at once, "moe_op" is one `com.microsoft::MoE` node a layer; "auto" takes the fastest one that
-            is exact, layer by layer.
+            is exact, layer by layer. "dense" is a layer with all its experts on, and without its router.
         target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
         measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
+        allow: what the file may compute in place of the model, where that is faster. "dense": a split layer with all
+            its experts on, as by `set_top_k(num_experts)`, so that no layer is slower than a dense one. "tanh_gelu":
+            GELU by tanh where `com.microsoft::MoE` is taken, which has no other. The report says by how much outputs
+            differ.
         routing_outputs: give the file two more outputs for every converted FFN, `<ffn>.expert_ids` and
             `<ffn>.routing_weights`, `[T, K]` each: which experts each token had, -1 for none, and how much they
             counted.
@@ -204,7 +215,7 @@ def export_onnx(
         ImportError: `verify` or `measure` needs onnxruntime, which is not installed.
     """
     tokens = (target_tokens,) if isinstance(target_tokens, int) else tuple(target_tokens)
-    check_options(target, lowering, tokens)
+    check_options(target, lowering, tokens, allow)
     _check_quantized(quantize_experts, target, lowering, opset)
     if isinstance(sparse, PartialSparseModel):
         raise ExportError(
@@ -219,8 +230,9 @@ def export_onnx(
     path, names = Path(path), (input_names, output_names)
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
     with _workshop(path) as workshop:
-        choice = _Choice(target, lowering, tokens, measure, opset, routing_outputs, quantize_experts)
-        model, layers = _sparse_onnx(sparse, choice, names)
+        copied, kind = frozenset(sparse.info.shards), quantize_experts
+        choice = _Choice(target, lowering, tokens, measure, tuple(allow), opset, routing_outputs, kind, copied)
+        model, layers, deviation = _sparse_onnx(sparse, choice, names)
         _write(model, workshop / path.name)
         if dense is not None and dense_path is not None:
             _export_dense(dense, sparse, workshop / dense_path.name, opset, names, verify)
@@ -230,7 +242,7 @@ def export_onnx(
             quantized = _quantize(model, sparse, workshop / path.name, quantize_experts, target, layers, verify)
         file_bytes = sum(file.stat().st_size for file in workshop.glob(f"{path.name}*"))
         _move_all(workshop, path.parent)
-    return ExportReport(path, target, tokens, opset, layers, parity, file_bytes, dense_path, quantized)
+    return ExportReport(path, target, tokens, opset, layers, parity, file_bytes, dense_path, quantized, deviation)
 
 
 def _check_quantized(kind: str | None, target: str, lowering: str, opset: int) -> None:
@@ -272,12 +284,17 @@ class _Choice:
     lowering: Literal["auto"] | Lowering
     tokens: tuple[int, ...]
     measure: bool
+    allow: tuple[Deviation, ...]
     opset: int
     routing_outputs: bool
     quantized: Quantized | None
+    copied: frozenset[str]  # layers whose experts are copies
 
 
-def _sparse_onnx(sparse: SparseModel, options: _Choice, names: _Names) -> tuple[ir.Model, tuple[LayerExport, ...]]:
+def _sparse_onnx(
+    sparse: SparseModel, options: _Choice, names: _Names
+) -> tuple[ir.Model, tuple[LayerExport, ...], float | None]:
+    """The model, how its layers are written, and how far the allowed deviations move its outputs."""
     flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
     flat = with_names(flat, *names)
     unfuse_moe(sparse, flat.graph)
@@ -286,18 +303,20 @@ def _sparse_onnx(sparse: SparseModel, options: _Choice, names: _Names) -> tuple[
     emit_placeholders(flat.graph, layers)
     model = trace_onnx(flat, options.opset)
     regions = find_regions(model.graph)
-    expert_ids = [input_of(region.dispatch, 1) for region in regions]
+    expert_ids = [region.expert_ids for region in regions]
+    for region in regions:
+        mark_router(region)
     exports = _choose_all(layers, regions, options)
     for region, export in zip(regions, exports, strict=True):
-        mark_router(region)
         lower_layer(region, export.lowering)
     lower_placeholders(model)
     in_file = [
-        FileLayer(export.name, export.lowering, export.reason, str(ids.name))
+        FileLayer(export.name, export.lowering, export.reason, "" if export.lowering == "dense" else str(ids.name))
         for export, ids in zip(exports, expert_ids, strict=True)
     ]
     entries = metadata(options.target, in_file, conversions(layers, sparse.info.report))
-    return _labelled(model, entries), exports
+    moved = deviation_of(flat_model(sparse), as_written(sparse, in_file)) if deviates(in_file, layers) else None
+    return _labelled(model, entries), exports, moved
 
 
 def _choose_all(layers: Sequence[Layer], regions: Sequence[ExpertRegion], options: _Choice) -> tuple[LayerExport, ...]:
@@ -312,16 +331,20 @@ def _choose_all(layers: Sequence[Layer], regions: Sequence[ExpertRegion], option
 def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport:
     facts, runtime = layer.facts, runtime_version()
     if options.lowering != "auto":
-        refused = why_not(options.lowering, facts, options.target, runtime)
+        refused = why_not(options.lowering, facts, options.target, runtime, options.allow)
+        if options.lowering == "dense":
+            refused = refused or _not_dense(layer, options)
         if refused is not None:
             raise ExportError(
                 f'{layer.name} cannot be lowered as "{options.lowering}": {refused}. Use lowering="auto" or '
                 '"sorted_split"'
             )
         return LayerExport(layer.name, options.lowering, "as asked")
-    refused = refusals(facts, options.target, runtime)
+    refused = refusals(facts, options.target, runtime, options.allow)
     if options.quantized:
         refused["moe_op"] = "it takes no quantised weights"
+    if "dense" in refused:
+        refused["dense"] = refused["dense"] or _not_dense(layer, options)
 
     def measure(lowerings: Sequence[Lowering]) -> Sequence[Sequence[float] | None]:
         return measure_lowerings(region, options.opset, lowerings, options.tokens)
@@ -330,8 +353,17 @@ def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport
     return LayerExport(layer.name, *chosen)
 
 
+def _not_dense(layer: Layer, options: _Choice) -> str | None:
+    """What besides its facts keeps a layer from being written with all its experts on, None if nothing does."""
+    if layer.name in options.copied:
+        return "its experts are copies, not parts of one FFN"
+    if options.quantized:
+        return "its experts are to be quantised"
+    return "its routes are asked for" if options.routing_outputs else None
+
+
 def _export_dense(dense: nn.Module, sparse: SparseModel, path: Path, opset: int, names: _Names, verify: bool) -> None:
-    args, kwargs = sparse.info.args, sparse.info.kwargs
+    args, kwargs = sparse.info.args, own_inputs(dense, sparse.info.kwargs)
     captured = dense if isinstance(dense, fx.GraphModule) else capture(dense, args, kwargs)
     flat = with_names(flatten_graph(captured, args, kwargs, sparse.dynamic_dims()), *names)
     _write(_labelled(trace_onnx(flat, opset), {}), path)

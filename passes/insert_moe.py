@@ -16,10 +16,23 @@ which take the place of the tokens up to the combine, and the weights that bring
     ..                                                                   # with slots for flat, to y [N, D_out]
     y = bmm(combine_weights, view(y, [G, n, D_out]))                     # [T, D_out]
 
+Where experts differ in width, each is several units of the bank (`sparsify.expert_units`), which take their place:
+
+    unit_weights, unit_ids = units(routing_weights, expert_ids)          # [T, K M] each
+    rows, order, offsets = dispatch(flat, unit_ids, U)                   # and so on, U for R and K M for K
+
+One that merges experts returns segments of the tokens, and an expert for each is made of all of them:
+
+    .., .., segments, merge_weights, places = router(x)                  # [N, L, D], [N, R], [T]
+    up = view(matmul(merge_weights, flatten(up_proj, 1)), [-1, m, D])    # [N, m, D], and so for every weight
+    hidden = activation(baddbmm(up_bias, segments, transpose(up)), ..)   # [N, L, m]
+    out = bmm(hidden, transpose(down))                                   # [N, L, D_out]
+    y = index_select(view(out, [-1, D_out]), places)                     # [T, D_out]
+
 Without routed experts (static pruning) only the shared expert and the bias remain.
 Sites that share their weights call the same experts and router.
 Parameters: `<ffn>.experts.{up_proj, gate_proj, down_proj, *_bias, bias}`, `<ffn>.shared.*`, `<ffn>.router.*`.
-T tokens, K slots, R routed experts, m neurons of an expert.
+T tokens, K slots, R routed experts, m neurons of an expert, U units, M units of the widest expert.
 """
 
 from __future__ import annotations
@@ -97,6 +110,8 @@ class InsertMoEPass(Pass):
         if self.router is not None:
             self.router.requires_grad_(not isinstance(self.router, UnitRouter))  # weights of one pass no gradient on
             graph_module.add_submodule(f"{name}.router", self.router)
+            if experts.units is not None:
+                graph_module.add_submodule(f"{name}.units", experts.units)
         if experts.shared is None:
             return
         linears = (*experts.shared.projections, experts.shared.down)
@@ -149,9 +164,14 @@ class InsertMoEPass(Pass):
         call = graph.call_function
         read = (tokens if router.reads_groups else flat,) if ids is None else (flat, ids)
         routed = graph.call_module(f"{self.match.name}.router", read)
+        if router.merges:
+            return self._merged(graph, parameters, routed)
         routing_weights, expert_ids = call(operator.getitem, (routed, 0)), call(operator.getitem, (routed, 1))
         rows_of = call(operator.getitem, (routed, 2)) if router.mixes else flat
-        dispatched = call(moe.dispatch.default, (rows_of, expert_ids, self.experts.num_routed))
+        if self.experts.sizes is not None:
+            units = graph.call_module(f"{self.match.name}.units", (routing_weights, expert_ids))
+            routing_weights, expert_ids = call(operator.getitem, (units, 0)), call(operator.getitem, (units, 1))
+        dispatched = call(moe.dispatch.default, (rows_of, expert_ids, self.experts.num_units))
         rows, order, offsets = (call(operator.getitem, (dispatched, i)) for i in range(3))
         projected = [
             call(moe.expert_linear.default, (rows, parameters[role], parameters.get(f"{role}_bias"), offsets))
@@ -171,6 +191,34 @@ class InsertMoEPass(Pass):
         y = graph.call_function(aten.view.default, (y, [-1, slots, features]))
         y = graph.call_function(aten.bmm.default, (weights, y))
         return graph.call_function(aten.view.default, (y, [-1, features]))
+
+    def _merged(self, graph: Graph, parameters: _Parameters, routed: Node) -> Node:
+        """One expert for every segment, made of all."""
+        call = graph.call_function
+        segments, merge_weights, places = (call(operator.getitem, (routed, i)) for i in (2, 3, 4))
+
+        def merge(name: str) -> Node:
+            """Of `[R, ..]`, `[N, ..]`; vectors get a dimension for the tokens."""
+            bank, sizes = parameters[name], parameters.shape(name)[1:]
+            merged = call(aten.matmul.default, (merge_weights, call(aten.flatten.using_ints, (bank, 1))))
+            return call(aten.view.default, (merged, [-1, *(sizes if len(sizes) > 1 else (1, *sizes))]))
+
+        def linear(x: Node, role: str) -> Node:
+            weight = call(aten.transpose.int, (merge(role), 1, 2))
+            if parameters.get(f"{role}_bias") is None:
+                return call(aten.bmm.default, (x, weight))
+            return call(aten.baddbmm.default, (merge(f"{role}_bias"), x, weight))
+
+        projected = [linear(segments, role) for role in self.experts.roles]
+        vectors: list[Node] = []
+        for i, vector in enumerate(self.experts.vectors):
+            node = parameters[f"vector_{i}"]
+            if vector.dim() == 2:  # integers are the same in all copies
+                node = merge(f"vector_{i}") if vector.is_floating_point() else call(aten.select.int, (node, 0, 0))
+            vectors.append(node)
+        out = linear(self._activate(graph, [*projected, *vectors]), "down_proj")
+        out = call(aten.view.default, (out, [-1, self.experts.down.shape[1]]))
+        return call(aten.index_select.default, (out, 0, places))
 
     def _row_vectors(self, graph: Graph, parameters: _Parameters, expert_ids: Node, order: Node) -> list[Node]:
         """The per-neuron vectors of each row's expert: `[T*K, m]`; single numbers stay as they are."""
@@ -213,6 +261,10 @@ class _Parameters:
 
     def __getitem__(self, name: str) -> Node:
         return self._graph.get_attr(f"{self._path}.{name}")
+
+    def shape(self, name: str) -> torch.Size:
+        """Of one of them."""
+        return self._module.get_parameter(name).shape
 
     def get(self, name: str) -> Node | None:
         """None where the module has no such tensor."""

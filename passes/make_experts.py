@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sparsify.config import SparsifyConfig
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.split_ffn import Sample, SplitResult, split_ffn
@@ -9,9 +11,16 @@ from sparsify.passes.upcycle_ffn import upcycle_ffn
 
 
 def make_experts(
-    dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
+    dense: DenseFFN,
+    original: DenseFFN,
+    fit: Sample,
+    measured: Sample,
+    config: SparsifyConfig,
+    branches: Sequence[DenseFFN] = (),
+    *,
+    may_refit: bool,
 ) -> SplitResult:
-    """Divide the FFN or copy it; the arguments are those of `split_ffn`."""
+    """Divide the FFN or copy it, or copy `branches` (see `upcycle_ffn`); the others are those of `split_ffn`."""
     if config.start == "split":
         return split_ffn(dense, original, fit, measured, config, may_refit=may_refit)
-    return upcycle_ffn(dense, original, measured, config, fit.ids)
+    return upcycle_ffn(dense, original, measured, config, fit.ids, branches)

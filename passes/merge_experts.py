@@ -14,7 +14,7 @@ E experts of m neurons, R copies, G shards of a copy, D hidden_size, N output fe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,11 @@ class _Merge:
 
 @torch.no_grad()
 def merge_experts(
-    sparse: fx.GraphModule, shards: Mapping[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    sparse: fx.GraphModule,
+    shards: Mapping[str, int],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    only: Collection[str] | None = None,
 ) -> fx.GraphModule:
     """Make the dense model.
 
@@ -65,29 +69,35 @@ def merge_experts(
         shards: of a copy, for the FFNs that were copied and not divided.
         args: example inputs, to measure routing weights of no known sum.
         kwargs: example keyword inputs.
+        only: the names of the FFNs to merge; None for all.
 
     Returns:
         A graph module with the inputs and outputs of `sparse`.
 
     Raises:
-        ValueError: experts run on mixtures of tokens (Soft MoE).
+        ValueError: experts run on mixtures of tokens (Soft MoE), or are merged for each sequence (SMEAR, Lory).
     """
-    mixed = [name for name, module in sparse.named_modules() if isinstance(module, Router) and module.mixes]
+    routers = {name.removesuffix(".router"): m for name, m in sparse.named_modules() if isinstance(m, Router)}
+    merged = set(routers) if only is None else set(only)
+    special = {name for name, router in routers.items() if router.mixes or router.merges}
+    mixed = [f"{name}.router" for name in routers if name in merged & special]
     if mixed:
         raise ValueError(
-            f"the experts behind {', '.join(mixed)} run on mixtures of tokens, and no FFN of single tokens does what "
-            "they do; a dense model is there for every other router"
+            f"the experts behind {', '.join(mixed)} run on mixtures of tokens, or are merged anew for every sequence, "
+            "and no FFN of single tokens does what they do; a dense model is there for every other router"
         )
     dense = fx.GraphModule(sparse, copy.deepcopy(sparse.graph))
     unfuse_moe(dense, dense.graph)
     totals = _total_weights(sparse, args, kwargs)
     for layer in find_layers(dense, dense.graph):
+        if layer.name not in merged:
+            continue
         router = sparse.get_submodule(f"{layer.name}.router")
         assert isinstance(router, Router)
         count = shards.get(layer.name, 0)
         _merge_layer(dense, layer, _Merge(count, totals[layer.name] / (count or router.top_k)))
     dense.graph.eliminate_dead_code()
-    _keep_common(dense)
+    _keep_common(dense, merged)
     dense.delete_all_unused_submodules()
     dense.graph.lint()
     dense.recompile()
@@ -135,11 +145,11 @@ def _merge_layer(dense: fx.GraphModule, layer: Layer, merge: _Merge) -> None:
     layer.combine.replace_all_uses_with(layer.combine.all_input_nodes[0])
 
 
-def _keep_common(dense: fx.GraphModule) -> None:
+def _keep_common(dense: fx.GraphModule, merged: Collection[str]) -> None:
     """What the experts held in common (the bias, single numbers) goes along, so that nothing of them stays behind."""
     for node in dense.graph.find_nodes(op="get_attr"):
         name, found, parameter = str(node.target).rpartition(".experts.")
-        if found:
+        if found and name in merged:
             path = f"{name}.dense"
             dense.get_submodule(path).register_parameter(parameter, dense.get_parameter(str(node.target)))
             node.target = f"{path}.{parameter}"

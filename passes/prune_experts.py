@@ -43,8 +43,8 @@ def prune_experts(sparse: SparseModel, keep: int, stats: RoutingStats) -> Sparse
         loads = torch.tensor(layer.tokens_per_expert)
         kept = torch.sort(loads.argsort(descending=True, stable=True)[:keep]).values
         made.set_submodule(f"{layer.name}.router", _pruned(router, kept, keep, layer.name))
-        keep_experts(made.get_submodule(f"{layer.name}.experts"), kept.tolist(), router.num_experts)
-        rewire(made.graph, f"{layer.name}.router", keep)
+        left = keep_experts(made, layer.name, kept.tolist(), router.num_experts)
+        rewire(made.graph, f"{layer.name}.router", left)
     made.recompile()
     return made.train(sparse.training)
 
@@ -53,6 +53,8 @@ def _pruned(router: Router, kept: Tensor, keep: int, name: str) -> Router:
     """The router with the rows of the experts `kept`."""
     if isinstance(router, UnitRouter):
         raise ValueError(f"{name}: its experts are parts of one sum, and none of them can go; use set_top_k()")
+    if router.merges:
+        raise ValueError(f"{name}: all its experts are merged for every token, so none is used less than another")
     if not router.top_k <= keep <= router.num_experts:
         raise ValueError(
             f"{name}: keep between {router.top_k} (its top_k) and {router.num_experts} experts, got {keep}"

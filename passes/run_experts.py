@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,11 +24,38 @@ def run_experts(experts: Experts, router: Router, x: Tensor, ids: Tensor | None 
     Returns:
         The output `[T, D_out]`, and the expert ids that ran, `[T, K]`; `[n, 1]` for a router that mixes n slots.
     """
-    routing_weights, expert_ids, *mixtures = router(x, ids)
-    if not mixtures:
+    routing_weights, expert_ids, *others = router(x, ids)
+    if router.merges:
+        segments, merge_weights, places = others
+        y = _merged(experts, segments, merge_weights).flatten(0, 1).index_select(0, places)
+    elif router.mixes:
+        slots, combine_weights = others
+        routed = replace(experts, shared=None, bias=None)(slots, expert_ids, routing_weights)
+        y = torch.flatten(combine_weights @ routed.unflatten(0, (len(combine_weights), -1)), 0, 1)
+    else:
         return experts(x, expert_ids, routing_weights), expert_ids
-    slots, combine_weights = mixtures
-    routed = replace(experts, shared=None, bias=None)(slots, expert_ids, routing_weights)
-    y = torch.flatten(combine_weights @ routed.unflatten(0, (len(combine_weights), -1)), 0, 1)
     y = y if experts.shared is None else y + experts.shared(x)
     return (y if experts.bias is None else y + experts.bias), expert_ids
+
+
+def _merged_vector(vector: Tensor, merge: Callable[[Tensor], Tensor]) -> Tensor:
+    """`[R, m]` to `[N, 1, m]`; integers are the same in all copies."""
+    if vector.dim() < 2:
+        return vector
+    return merge(vector).unsqueeze(1) if vector.is_floating_point() else vector[0]
+
+
+def _merged(experts: Experts, segments: Tensor, merge_weights: Tensor) -> Tensor:
+    """One FFN for each segment, without shared experts and bias: `[N, L, D]`, `[N, E]` -> `[N, L, D_out]`."""
+
+    def merge(bank: Tensor) -> Tensor:
+        return torch.einsum("ne,e...->n...", merge_weights, bank)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x @ merge(weight).transpose(1, 2)
+        return y if bias is None else y + merge(bias).unsqueeze(1)
+
+    biases = zip(experts.projections, experts.projection_biases, strict=True)
+    projected = [linear(segments, weight, bias) for weight, bias in biases]
+    vectors = [_merged_vector(vector, merge) for vector in experts.vectors]
+    return linear(experts.activation(*projected, *vectors), experts.down, experts.expert_bias)

@@ -1,7 +1,8 @@
-"""Bring an integer of every token from an input of the model to its FFNs: a token id, or a label.
+"""Bring what a router reads of every token from an input of the model to its FFNs: an id, a label, or an embedding.
 
     ids [B, S] beside x [B, S, D] or [B*S, D]  ->  reshape(ids, [-1])                         [T]
     labels [B] or []                           ->  expanded over the tokens, then the same
+    embedding [B, S, A], [B, A] or [A]         ->  as ids and labels, to                      [T, A]
 
 The input is one that the model has, or a keyword input that is added to the graph.
 """
@@ -19,13 +20,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # pyright: ignore[reportPrivateUsage]
 from torch.utils import _pytree as pytree
 
-from sparsify.config import SparsifyConfig
+from sparsify.config import ADDED_INPUTS, SparsifyConfig
 from sparsify.errors import SelectionError
 from sparsify.passes.find_ffns import FoundFFNs
 from sparsify.passes.graph_values import fake_tensor, op_name, shape_of
 from sparsify.passes.match_ffn import FFNMatch, Site
 from sparsify.passes.token_layout import before_flattening, example_size, leading_sizes
-from sparsify.routers import router_class
 
 aten = torch.ops.aten
 _MOVES = frozenset(
@@ -35,13 +35,18 @@ _MOVES = frozenset(
 
 @dataclass(frozen=True)
 class IdSource:
-    """The input that ids come from: its node, and how many ids its embedding has, None where none reads it."""
+    """The input that ids come from: its node, and how many ids its embedding has, None where none reads it.
+
+    `size` is that of an embedding that is read itself, 0 for ids.
+    """
 
     node: str
     num_ids: int | None
+    size: int = 0
 
     def __str__(self) -> str:
-        return f"experts are chosen by the integers of the input `{self.node}`"
+        read = f"the {self.size} features" if self.size else "the integers"
+        return f"routers read {read} of the input `{self.node}`"
 
 
 def read_ids(found: FoundFFNs, config: SparsifyConfig, added: Mapping[str, Tensor]) -> IdSource | None:
@@ -55,16 +60,19 @@ def read_ids(found: FoundFFNs, config: SparsifyConfig, added: Mapping[str, Tenso
     Raises:
         SelectionError: the ids cannot be brought to the FFNs.
     """
-    if not router_class(config.router_name).reads_ids:
+    if config.reads is None:
         return None
     if not found.is_whole:
         raise SelectionError(
-            f"router={config.router_name!r} reads an integer of every token, which does not reach the FFNs of a model "
+            f"router={config.router_name!r} reads an input of every token, which does not reach the FFNs of a model "
             "that can be traced in parts only; choose another router"
         )
     (whole,) = found.parts
+    embeds = config.reads == "embedding"
     for name, example in added.items():
-        add_input(whole.graph_module, name, example, whole.matches[0])
+        add_input(whole.graph_module, name, example, whole.matches[0], features=embeds)
+    if embeds:
+        return find_embedding(whole.graph_module, config)
     return find_ids(whole.graph_module, config.ids_name, config.router_name)
 
 
@@ -82,6 +90,14 @@ def split_added(
     if name is None or own or not isinstance(kwargs.get(name), Tensor):
         return dict(kwargs), {}
     return {key: value for key, value in kwargs.items() if key != name}, {name: kwargs[name]}
+
+
+def own_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword inputs of a conversion without the one that was added: what the dense model takes."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    added = set(ADDED_INPUTS.values()) if takes_any else set(kwargs)
+    return {name: value for name, value in kwargs.items() if name in parameters or name not in added}
 
 
 def find_ids(graph_module: GraphModule, name: str | None, router: str) -> IdSource:
@@ -119,6 +135,25 @@ def find_ids(graph_module: GraphModule, name: str | None, router: str) -> IdSour
     return IdSource(best, found[best])
 
 
+def find_embedding(graph_module: GraphModule, config: SparsifyConfig) -> IdSource:
+    """Find the input that holds the embedding for the router of `config`.
+
+    Raises:
+        SelectionError: there is none of its name and size.
+    """
+    name, size = config.ids_name, config.options["embedding_size"]
+    found = {node.name: fake_tensor(node) for node in graph_module.graph.find_nodes(op="placeholder")}
+    sizes = {key: shape_of(v)[-1] for key, v in found.items() if v is not None and v.is_floating_point() and v.dim()}
+    if name is None or sizes.get(name) != size:
+        has = f"that has {sizes[name]}" if name in sizes else "the model has no floating input of that name"
+        raise SelectionError(
+            f"router={config.router_name!r} reads {size} features of the input {name!r}, and {has}. Name an input with "
+            f"ids_input=, correct embedding_size, or give an example of a new keyword input: "
+            f"kwargs={{{name!r}: torch.randn(B, {size})}} for every sequence, or [B, S, {size}] for every token"
+        )
+    return IdSource(name, None, size)
+
+
 def _rows(embedding: Node) -> int:
     """Rows of the table of an embedding."""
     table = fake_tensor(embedding.all_input_nodes[0])
@@ -140,7 +175,9 @@ def _holds_integers(node: Node) -> bool:
     return value is not None and value.dtype in (torch.int64, torch.int32)
 
 
-def add_input(graph_module: GraphModule, name: str, example: Tensor, match: FFNMatch) -> None:
+def add_input(
+    graph_module: GraphModule, name: str, example: Tensor, match: FFNMatch, *, features: bool = False
+) -> None:
     """Give the graph one more keyword input, in place. Its sizes are those of the tokens.
 
     Args:
@@ -148,31 +185,41 @@ def add_input(graph_module: GraphModule, name: str, example: Tensor, match: FFNM
         name: of the input.
         example: integers, for every call `[]`, sequence `[B]` or token `[B, S]`.
         match: an FFN, whose input says what may change between calls.
+        features: the example holds an embedding, one dimension more.
 
     Raises:
-        SelectionError: the example holds no integers, or does not fit the tokens.
+        SelectionError: the example holds no integers (no floating numbers), or does not fit the tokens.
     """
-    if example.dtype not in (torch.int64, torch.int32):
-        raise SelectionError(f"the input {name!r} must hold integers, got {example.dtype}; use .long()")
+    _check_dtype(name, example, features)
     graph, site = graph_module.graph, match.sites[0]
     x = before_flattening(_node(graph, site.x), site.x_axis)
     value = fake_tensor(x)
     assert value is not None
     leading = value.movedim(site.x_axis, -1)[..., 0]
     sizes = [example_size(size) for size in leading.shape]
-    if list(example.shape) != sizes[: example.dim()]:
+    own = list(example.shape[:-1] if features else example.shape)
+    if own != sizes[: len(own)]:
+        one = "embedding" if features else "integer"
         raise SelectionError(
             f"the input {name!r} has the shape {list(example.shape)}, and the tokens of {match.name} have {sizes}; "
-            f"give one integer for each sequence, [{sizes[0]}], or for each token, {sizes}"
+            f"give one {one} for each sequence, [{sizes[0]}], or for each token, {sizes}"
         )
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         node = graph.placeholder(name)
-    node.meta["val"] = leading.new_empty(leading.shape[: example.dim()], dtype=example.dtype)
+    shape = (*leading.shape[: len(own)], *example.shape[len(own) :])
+    node.meta["val"] = leading.new_empty(shape, dtype=example.dtype)
     codegen = graph._codegen  # pyright: ignore[reportPrivateUsage]
     assert isinstance(codegen, _PyTreeCodeGen)
     graph.set_codegen(_PyTreeCodeGen(_with_keyword(codegen.pytree_info, name)))
     graph_module.recompile()
+
+
+def _check_dtype(name: str, example: Tensor, features: bool) -> None:
+    if features and not (example.is_floating_point() and example.dim()):
+        raise SelectionError(f"the input {name!r} must hold an embedding, floating numbers, got {example.dtype}")
+    if not features and example.dtype not in (torch.int64, torch.int32):
+        raise SelectionError(f"the input {name!r} must hold integers, got {example.dtype}; use .long()")
 
 
 def _with_keyword(info: _PyTreeInfo, name: str) -> _PyTreeInfo:
@@ -182,7 +229,7 @@ def _with_keyword(info: _PyTreeInfo, name: str) -> _PyTreeInfo:
 
 
 def thread_ids(graph: Graph, match: FFNMatch, source: IdSource) -> tuple[str, ...]:
-    """Add nodes that hold the ids of the tokens of an FFN, `[T]` int64, one for each of its sites.
+    """Add nodes that hold the ids of the tokens of an FFN, `[T]` int64 or `[T, A]`, one for each of its sites.
 
     Args:
         graph: of the captured model, in place.
@@ -202,11 +249,13 @@ def _thread(graph: Graph, name: str, site: Site, source: IdSource) -> Node:
     ids, x = _node(graph, source.node), before_flattening(_node(graph, site.x), site.x_axis)
     value = fake_tensor(ids)
     assert value is not None
-    sizes, leading = shape_of(value), leading_sizes(x, site.x_axis)
+    features = [source.size] if source.size else []
+    sizes, leading = shape_of(value)[: value.dim() - len(features)], leading_sizes(x, site.x_axis)
     if sizes != leading[: len(sizes)]:
         raise SelectionError(
-            f"{name}: its tokens are {leading}, and the input {source.node!r} is {sizes}, so it has no integer for "
-            "each of them; leave the FFN dense with select=, or name another input with ids_input="
+            f"{name}: its tokens are {leading}, and the input {source.node!r} is {shape_of(value)}, so it has no "
+            "integer (or embedding) for each of them; leave the FFN dense with select=, or name another input with "
+            "ids_input="
         )
     place = _node(graph, site.x).next
     while place.op == "placeholder":  # the ids may be a later input
@@ -219,11 +268,11 @@ def _thread(graph: Graph, name: str, site: Site, source: IdSource) -> Node:
                 size if isinstance(size, int) else call(aten.sym_size.int, (x, axis))
                 for size, axis in zip(leading, axes, strict=True)
             ]
-            for _ in range(len(leading) - len(sizes)):
-                ids = call(aten.unsqueeze.default, (ids, -1))
-            ids = call(aten.expand.default, (ids, shape))
-        ids = call(aten.reshape.default, (ids, [-1]))
-        return ids if value.dtype == torch.int64 else call(aten.to.dtype, (ids, torch.int64))
+            for axis in range(len(sizes), len(leading)):
+                ids = call(aten.unsqueeze.default, (ids, axis))
+            ids = call(aten.expand.default, (ids, [*shape, *features]))
+        ids = call(aten.reshape.default, (ids, [-1, *features]))
+        return ids if features or value.dtype == torch.int64 else call(aten.to.dtype, (ids, torch.int64))
 
 
 def _node(graph: Graph, name: str) -> Node:

@@ -1,6 +1,7 @@
 """One dense FFN -> experts that are copies of it (sparse upcycling, arXiv 2212.05055), or shards of copies.
 
     upcycle    y = bias + sum over the selected e of w_e G E_e(x)        E_e is shard e mod G of a copy, G = granularity
+    branches   as upcycle, E_e of a copy of the FFN of a branch, with its own output bias
     shared     y = FFN(x) + sum over the selected e of w_e E_e(x)        E_e as above with down_proj = 0
 
 The scale G belongs to weights that sum to 1; a weight of 1 in each of K slots has the scale G / K. It goes into
@@ -10,12 +11,14 @@ T tokens, D hidden_size, F intermediate_size, E num_experts, K top_k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsify.config import SparsifyConfig
+from sparsify.passes.branches import branch_receipt, join_branches
 from sparsify.passes.run_experts import run_experts
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide, take_neurons
@@ -24,7 +27,12 @@ from sparsify.routers import LinearRouter, Router, make_router
 
 
 def upcycle_ffn(
-    dense: DenseFFN, original: DenseFFN, sample: Sample, config: SparsifyConfig, ids: Tensor | None = None
+    dense: DenseFFN,
+    original: DenseFFN,
+    sample: Sample,
+    config: SparsifyConfig,
+    ids: Tensor | None = None,
+    branches: Sequence[DenseFFN] = (),
 ) -> SplitResult:
     """Copy, route and measure.
 
@@ -34,31 +42,39 @@ def upcycle_ffn(
         sample: tokens for the receipt and the reported error.
         config: `granularity` must divide F.
         ids: `[T]` of calibration data, for a router that reads ids.
+        branches: what to copy instead of `dense`, one after the other; without them every expert is a copy of it.
 
     Returns:
         The experts and their router. Where `starts_exact` the receipt is taken with its own routes, else with all
-        experts on in equal parts, and `error` says how far the start is from the dense FFN.
+        experts on in equal parts, and `error` says how far the start is from the dense FFN. The receipt of branches is
+        that of each expert alone against the FFN of its branch.
     """
     router = _make_router(dense, config)
     if ids is not None:
         router.fit_ids(ids)
-    exact = _copies(dense, router, config)
+    total = router.start_sum or 1.0
+    exact = join_branches(branches, config.granularity, total) if branches else _copies(dense, router, config)
     expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
     by_routes = config.start == "shared" or starts_exact(router)
     experts = _redraw(exact, config) if config.reinitialise else exact
     return SplitResult(
         experts=experts,
         router=router,
-        receipt=_receipt(original, exact, sample, router if by_routes else None),
+        receipt=(
+            branch_receipt(branches, exact, [x for x, _ in sample.parts()], total)
+            if branches
+            else _receipt(original, exact, sample, router if by_routes else None)
+        ),
         error=relative_error(experts, router, sample),
         error_before_refit=None,
         tokens_per_expert=count_tokens(expert_ids, config.num_experts),
+        routed_tokens=len(sample.x),
     )
 
 
 def starts_exact(router: Router) -> bool:
     """Copies behind it are the dense FFN: the weights are known, and no token is left out for the sake of others."""
-    return router.start_sum is not None and router.batch_invariant
+    return router.start_sum is not None and (router.batch_invariant or router.merges)
 
 
 def _make_router(dense: DenseFFN, config: SparsifyConfig) -> Router:

@@ -25,9 +25,9 @@ from torch.fx import Graph
 
 from sparsify.errors import ExportError, LoadError, VerificationError
 from sparsify.passes.find_layers import Layer, find_layers
-from sparsify.passes.fuse_moe import unfuse_moe
 from sparsify.passes.graph_values import op_name
-from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph, with_names
+from sparsify.passes.lower_onnx.as_written import as_written, deviates, flat_model
+from sparsify.passes.lower_onnx.flat_graph import FlatGraph, with_names
 from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_quantized, read_target
 from sparsify.passes.lower_onnx.probe import Reference, references
 from sparsify.passes.lower_onnx.routing_outputs import has_routing_outputs, with_routing_outputs
@@ -90,6 +90,9 @@ class _IdCheck:
 def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
     """Compare a file written by `export_onnx` with the model that it was exported from.
 
+    Where the export was allowed to deviate, the model is compared that deviates alike: with all experts of a layer on,
+    or with GELU by tanh.
+
     Args:
         sparse: the model.
         path: the file.
@@ -101,9 +104,14 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
         OSError: the file cannot be read.
         ImportError: onnxruntime is not installed.
     """
-    flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
-    unfuse_moe(sparse, flat.graph)
-    return compare_file(flat, Path(path))
+    require_runtime()
+    path = Path(path)
+    proto, flat = _load(path), flat_model(sparse)
+    file_layers, layers = read_layers(proto), find_layers(flat.root, flat.graph)
+    _check_layers(path, layers, file_layers)
+    if deviates(file_layers, layers):
+        flat = as_written(sparse, file_layers)
+    return _compare(flat, path, proto)
 
 
 @dataclass(frozen=True)
@@ -126,9 +134,7 @@ def quantization_error(sparse: SparseModel, path: Path) -> QuantizationError:
         VerificationError: an output is not finite where that of the model is.
         ExportError: onnxruntime cannot load or run the file.
     """
-    flat = flatten_graph(sparse, sparse.info.args, sparse.info.kwargs, sparse.dynamic_dims())
-    unfuse_moe(sparse, flat.graph)
-    proto = _load(path)
+    flat, proto = flat_model(sparse), _load(path)
     layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
     own = len(flat.output_names)  # routes may follow
     flat = _with_outputs_of(proto, path, flat, layers)
@@ -163,8 +169,11 @@ def _l2_error(ours: Tensor, theirs: Tensor) -> float:
 def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
     """`verify_onnx` for a model that is flat already, and which may have no experts at all."""
     require_runtime()
+    return _compare(flat, path, _load(path))
+
+
+def _compare(flat: FlatGraph, path: Path, proto: onnx.ModelProto) -> OnnxParity:
     refuse_random(flat.graph)
-    proto = _load(path)
     kind = read_quantized(proto)
     if kind:
         raise VerificationError(
@@ -172,7 +181,8 @@ def compare_file(flat: FlatGraph, path: Path) -> OnnxParity:
             "routers may choose other experts; the report of its export says how much. Export it without "
             "quantize_experts to compare"
         )
-    layers, file_layers = find_layers(flat.root, flat.graph), read_layers(proto)
+    layers = find_layers(flat.root, flat.graph)
+    file_layers = [layer for layer in read_layers(proto) if layer.lowering != "dense"]
     _check_layers(path, layers, file_layers)
     flat = _with_outputs_of(proto, path, flat, layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
@@ -212,7 +222,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 def _with_outputs_of(proto: onnx.ModelProto, path: Path, flat: FlatGraph, layers: Sequence[Layer]) -> FlatGraph:
     """Routes may be outputs too, and names may have been chosen at the export; the order is that of the model."""
-    if has_routing_outputs([output.name for output in proto.graph.output], layers):
+    if has_routing_outputs([output.name for output in proto.graph.output], flat, layers):
         flat = with_routing_outputs(flat, layers)
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value.name for value in proto.graph.input if value.name not in stored]

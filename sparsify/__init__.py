@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from sparsify.api import Inspection, inspect, sparsify
+from sparsify.average_models import average_models
 from sparsify.config import SparsifyConfig
 from sparsify.distillation import DistillReport, distill
+from sparsify.label_posterior import label_posterior
 from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.export_onnx import ExportReport, LayerExport, export_onnx
 from sparsify.passes.lower_onnx.translation_table import onnx_translation_table
@@ -30,9 +32,11 @@ __all__ = [
     "Report",
     "SparseModel",
     "SparsifyConfig",
+    "average_models",
     "distill",
     "export_onnx",
     "inspect",
+    "label_posterior",
     "onnx_translation_table",
     "sparsify",
     "verify_onnx",

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from sparsify.average_models import average_models, require_alike
 from sparsify.config import SparsifyConfig
 from sparsify.convert_parts import Conversion, convert_parts
 from sparsify.errors import CaptureError, NoFFNError
 from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
 from sparsify.passes.allocate import with_budget
+from sparsify.passes.branches import Branch, read_branches
 from sparsify.passes.calibrate import Call, as_call, read_batches, without_padding
 from sparsify.passes.capture import DynamicShapes, capture, evaluation_mode, same_random_numbers
 from sparsify.passes.capture_parts import CapturedPart, CapturedParts, SkippedPart, capture_parts
@@ -90,6 +92,7 @@ def sparsify(
     *,
     config: SparsifyConfig | None = None,
     plan: ConversionPlan | None = None,
+    branches: Sequence[nn.Module] = (),
     calibration: Iterable[object] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
     consume_model: bool = False,
@@ -109,6 +112,10 @@ def sparsify(
         config: how to divide; or give its fields as keyword options.
         plan: which FFNs to convert and into how many experts, for all of them, as `inspect(...).plan(...)` makes it;
             it takes the place of `select`, `overrides` and the numbers of experts.
+        branches: models like `model`, trained apart (Branch-Train-MiX, arXiv 2403.07816), for start="upcycle": the FFN
+            of each becomes an expert, in their order, and all other weights are the mean of the branches (see
+            `average_models`). `num_experts` follows. The weights of `model` then count for nothing, unless it is one
+            of them.
         calibration: an iterable of batches: `(args, kwargs)`, tuples, dicts or tensors, with the structure of the
             example inputs. Positions where a keyword `attention_mask` is 0 are left out. None converts from the weights
             and the example inputs alone, which costs quality.
@@ -134,7 +141,9 @@ def sparsify(
         CalibrationError: the calibration data is empty, does not fit, or leads to values that are not finite.
     """
     _refuse_contradiction(plan, options)
-    config = _config(config, options)
+    config = _config(config, _with_branches(config, options, branches))
+    if branches:
+        model, allow_parts = _merged(model, branches, config), False
     _refuse_budget(config, plan, options, calibration)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     given, added = split_added(model, kwargs or {}, config.ids_name)
@@ -145,9 +154,11 @@ def sparsify(
     plan = make_plan(found.matches, config) if plan is None else fit_plan(plan, found.matches, config)
     refuse_non_causal(found.parts, plan, config)
     expected, parameters_before = _dense_outputs(model, args, given), _count(model)
+    traced = read_branches(branches, _planned(found.matches, plan), args, given, dynamic_shapes)
+    _refuse_other_counts(plan, len(branches) * config.granularity)
     ids, given = read_ids(found, config, added), {**given, **added}
     batches = _read(calibration, plan, config)
-    convert_found = partial(_convert_whole, ids=ids) if found.is_whole else convert_parts
+    convert_found = partial(_convert_whole, ids=ids, branches=traced) if found.is_whole else convert_parts
     done = clock.run(
         "convert",
         lambda: convert_found(
@@ -164,6 +175,7 @@ def sparsify(
                 done.plan, done.results, weights_only=calibration is None, copies=config.start != "split"
             ),
             *([] if ids is None else [str(ids)]),
+            *([_branch_note(len(branches))] if branches else []),
         ),
         calibration_tokens=done.tokens,
         parameters_before=parameters_before,
@@ -208,13 +220,23 @@ def _convert_whole(
     *,
     consume: bool = False,
     ids: IdSource | None,
+    branches: Sequence[Branch],
 ) -> Conversion:
     """As `convert_parts`, for a model that is one graph."""
     (whole,) = found.parts
     call = as_call(example)
     plan = with_budget(whole.graph_module, whole.matches, plan, config, calibration)
     results, tokens = convert(
-        whole.graph_module, whole.matches, plan, config, calibration, call, progress, consume=consume, ids=ids
+        whole.graph_module,
+        whole.matches,
+        plan,
+        config,
+        calibration,
+        call,
+        progress,
+        consume=consume,
+        ids=ids,
+        branches=branches,
     )
     sparse = SparseModel(whole.graph_module, whole.graph_module.graph)
     sparse.train(model.training)
@@ -228,11 +250,11 @@ def _convert_whole(
 def _config(config: SparsifyConfig | None, options: dict[str, Any]) -> SparsifyConfig:
     if config is None:
         return SparsifyConfig(**options)
-    return replace(config, **options)
+    return config.with_options(**options)
 
 
 def _refuse_contradiction(plan: ConversionPlan | None, options: dict[str, Any]) -> None:
-    planned = ("num_experts", "top_k", "num_shared_experts", "select", "overrides")
+    planned = ("num_experts", "top_k", "num_shared_experts", "expert_widths", "select", "overrides")
     clash = [name for name in planned if name in options]
     if plan is not None and clash:
         raise ValueError(f"plan= already says what {', '.join(clash)} would; give the plan or the options, not both")
@@ -247,6 +269,42 @@ def _refuse_budget(
         raise ValueError("budget= chooses top_k and num_shared_experts of every FFN; give one or the other")
     if calibration is None:
         raise ValueError("budget= goes by measured errors, so it needs calibration=: batches of real inputs")
+
+
+def _with_branches(
+    config: SparsifyConfig | None, options: dict[str, Any], branches: Sequence[nn.Module]
+) -> dict[str, Any]:
+    """The number of experts follows from the branches, unless it is given here."""
+    shards = options.get("granularity", 1 if config is None else config.granularity)
+    return {"num_experts": len(branches) * shards, **options} if branches else options
+
+
+def _merged(model: nn.Module, branches: Sequence[nn.Module], config: SparsifyConfig) -> nn.Module:
+    """The mean of the branches, in the mode of `model`."""
+    if config.start != "upcycle":
+        raise ValueError(f"branches= are copied as they are, which is start='upcycle', not start={config.start!r}")
+    require_alike([model, *branches])
+    return average_models(branches).train(model.training)
+
+
+def _planned(matches: Sequence[FFNMatch], plan: ConversionPlan) -> list[FFNMatch]:
+    return [match for match, layer in zip(matches, plan.layers, strict=True) if layer.converts]
+
+
+def _refuse_other_counts(plan: ConversionPlan, count: int) -> None:
+    for layer in plan.layers if count else ():
+        if layer.converts and layer.num_experts != count:
+            raise ValueError(
+                f"{layer.name} is to have {layer.num_experts} experts, and the branches make {count}, one for each "
+                f"shard of a branch; give num_experts={count} or leave it out"
+            )
+
+
+def _branch_note(count: int) -> str:
+    return (
+        f"the experts are the FFNs of {count} branches and all else is their mean; receipts compare every expert with "
+        "its branch, errors compare with the mean of all weights"
+    )
 
 
 def _require_free_names(model: nn.Module, graph_module: GraphModule) -> None:

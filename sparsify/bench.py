@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, flatten_graph, free_sizes, resize_inputs
+from sparsify.passes.thread_ids import own_inputs
 from sparsify.sparse_model import SparseModel
 
 # What one model is timed for in one round and size: until both are reached.
@@ -215,7 +216,7 @@ def _time_torch(
     times: dict[tuple[int, int], list[float]] = {}
     for which, size in _turns(rounds, len(named_inputs)):
         args, kwargs = arguments[size]
-        call = _no_grad_call(models[which], args, kwargs)
+        call = _no_grad_call(models[which], args, kwargs if which else own_inputs(models[0], kwargs))
         times.setdefault((which, size), []).append(_milliseconds(call))
         steps.advance()
     return _timings("pytorch", named_inputs, times)
@@ -355,7 +356,7 @@ def _require_runs(
 ) -> None:
     args, kwargs = _arguments(flat, sparse, inputs)
     try:
-        _no_grad_call(dense, args, kwargs)()
+        _no_grad_call(dense, args, own_inputs(dense, kwargs))()
     except (IndexError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"the dense model does not run at {_describe_sizes(named)}: {type(error).__name__}: {error}; "

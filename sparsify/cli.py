@@ -24,6 +24,7 @@ from sparsify.config import Select, SparsifyConfig
 from sparsify.console import BROKEN_PROMISE, bad_input, exit_codes, make_console, nothing_written, show_stages
 from sparsify.output_folder import output_folder, require_space
 from sparsify.passes.select_ffns import PRESETS
+from sparsify.passes.thread_ids import own_inputs
 from sparsify.promises import Promise, check_onnx, check_split
 from sparsify.report import Report
 from sparsify.report_text import PLAIN_BOX, print_report, short
@@ -100,7 +101,7 @@ def inspect_command(model: Model, as_json: AsJson = False) -> None:
         with show_stages() as stages:
             dense = load_model(model, None, stages)
             with stages.running("inspect"):
-                found = inspect_model(dense.model, dense.args, dense.kwargs)
+                found = inspect_model(dense.model, dense.args, own_inputs(dense.model, dense.kwargs))
         if as_json:
             typer.echo(files.to_json({"model": model, **_inspection_json(found)}))
             return
@@ -121,6 +122,15 @@ def convert(
     router_option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Argument of the router; repeat it for several.")
     ] = None,
+    ids_input: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Input that the router reads beside the tokens, an integer or embedding for each; one that the model "
+            "does not have is added to the result if the factory gives an example.",
+            show_default="token ids, expert_labels or expert_embedding",
+        ),
+    ] = None,
     exact_start: Annotated[
         bool, typer.Option("--exact-start", help="Routing weights that leave the dense model unchanged at first.")
     ] = False,
@@ -135,6 +145,15 @@ def convert(
         int | None,
         typer.Option(help="Parts among the top-k that run for every token.", show_default="1 if 1 < top-k < experts"),
     ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,..",
+            help="Neurons of each part, shared ones first, such as 768,384,192,192, in place of --experts; their sum "
+            "is that of the FFN.",
+            show_default="equal parts",
+        ),
+    ] = None,
     select: Annotated[
         list[str] | None,
         typer.Option(
@@ -148,7 +167,8 @@ def convert(
         typer.Option(
             metavar="PATTERN:FIELDS",
             help="Numbers of the FFNs whose names match, such as '*.11.*:num_experts=8,top_k=2'; fields are "
-            "num_experts, top_k and num_shared_experts. Repeat it for several; later ones win.",
+            "num_experts, top_k, num_shared_experts and expert_widths (768+384+384). Repeat it for several; later ones "
+            "win.",
         ),
     ] = None,
     target_tokens: Annotated[
@@ -166,6 +186,10 @@ def convert(
     target: Annotated[TargetName, typer.Option(help="What will run the ONNX file.")] = TargetName.ORT_CPU,
     no_refit: Annotated[bool, typer.Option("--no-refit", help="Leave down_proj as it is.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export ONNX files and check them.")] = True,
+    routing_outputs: Annotated[
+        bool,
+        typer.Option("--routing-outputs", help="Outputs of the ONNX file for the experts of every token and weights."),
+    ] = False,
     bench: Annotated[bool, typer.Option("--bench", help="Time dense against sparse at the end.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -176,11 +200,13 @@ def convert(
                 start=start.value,
                 router=router,
                 router_options=dict(map(_router_option, router_option or ())),
+                ids_input=ids_input,
                 exact_start=exact_start,
                 allow_non_causal=allow_non_causal,
                 num_experts=experts,
                 top_k=top_k,
                 num_shared_experts=shared,
+                expert_widths=None if widths is None else _widths(widths),
                 select=_select(select),
                 overrides=tuple(map(_override, override or ())),
                 target_tokens=tuple(target_tokens or ()),
@@ -188,6 +214,7 @@ def convert(
                 seed=seed,
             )
             _refuse_contradiction(no_calibration, calibration)
+            _refuse_routes_without_file(routing_outputs, onnx)
         files.refuse_foreign_files(out)
         with nothing_written(), show_stages() as stages, output_folder(out) as staging:
             dense = load_model(model, calibration, stages)
@@ -195,7 +222,8 @@ def convert(
             sparse, report = convert_model(dense, config, calibrates=not no_calibration, stages=stages)
             with stages.running("save"):
                 sparse.save(staging)
-            export = export_model(sparse, dense, staging, target.value, config.tokens, stages) if onnx else None
+            where = (staging, target.value, config.tokens, routing_outputs)
+            export = export_model(sparse, dense, *where, stages=stages) if onnx else None
             onnx_folder = staging if onnx else None
             timed = time_models(dense.model, sparse, onnx_folder, target.value, stages) if bench else None
             left_out = write_reports(staging, report, _moved(export, out), timed)
@@ -294,20 +322,36 @@ def _number_or_text(text: str) -> str | int | float:
     return text
 
 
-def _override(text: str) -> tuple[str, dict[str, int]]:
-    if re.fullmatch(r".+:\w+=-?\d+(,\w+=-?\d+)*", text) is None:
+def _widths(text: str) -> list[int]:
+    if re.fullmatch(r"\d+(,\d+)*", text) is None:
+        raise ValueError(f"--widths takes numbers of neurons joined by commas, such as 768,384,384, got {text!r}")
+    return [int(width) for width in text.split(",")]
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    if re.fullmatch(r".+:\w+=-?\d+(\+\d+)*(,\w+=-?\d+(\+\d+)*)*", text) is None:
         raise ValueError(
             "--override takes a pattern and numbers, such as '*.11.*:num_experts=8,top_k=2' for the FFNs with .11. in "
             f"their names, got {text!r}"
         )
     pattern, _, numbers = text.rpartition(":")
     pairs = (number.split("=") for number in numbers.split(","))
-    return pattern, {name: int(value) for name, value in pairs}
+    return pattern, {name: _one_or_several(name, value) for name, value in pairs}
+
+
+def _one_or_several(name: str, text: str) -> int | list[int]:
+    numbers = [int(number) for number in text.split("+")]
+    return numbers if name == "expert_widths" or len(numbers) > 1 else numbers[0]
 
 
 def _refuse_contradiction(no_calibration: bool, calibration: Path | None) -> None:
     if no_calibration and calibration is not None:
         raise ValueError("--no-calibration and --calibration FILE contradict each other; give one of them")
+
+
+def _refuse_routes_without_file(routing_outputs: bool, onnx: bool) -> None:
+    if routing_outputs and not onnx:
+        raise ValueError("--routing-outputs are outputs of the ONNX file, which --no-onnx leaves out; give one of them")
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -58,7 +58,14 @@ def convert_model(
 
 
 def export_model(
-    sparse: SparseModel, dense: DenseModel, folder: Path, target: Target, tokens: Sequence[int], stages: Stages
+    sparse: SparseModel,
+    dense: DenseModel,
+    folder: Path,
+    target: Target,
+    tokens: Sequence[int],
+    routing_outputs: bool,
+    *,
+    stages: Stages,
 ) -> ExportReport:
     """Writes both ONNX files, for calls of so many tokens (by default several sizes), and checks the converted one."""
     from sparsify.passes.export_onnx import export_onnx
@@ -66,7 +73,14 @@ def export_model(
 
     sizes = tuple(tokens) or DEFAULT_TOKENS
     with stages.running("export"):
-        return export_onnx(sparse, folder / files.ONNX, target=target, target_tokens=sizes, dense=dense.model)
+        return export_onnx(
+            sparse,
+            folder / files.ONNX,
+            target=target,
+            target_tokens=sizes,
+            routing_outputs=routing_outputs,
+            dense=dense.model,
+        )
 
 
 def time_models(

@@ -66,7 +66,7 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
             f"{type(model).__name__} has no module {missing[0]}: give the model that was converted, or one of the same "
             "class and configuration"
         )
-    skipped = {name: reason for name in covers if (reason := _reads_ids(sparse, name))}
+    skipped = {name: reason for name in covers if (reason := _reads_more(sparse, name))}
     if len(skipped) == len(covers):
         return GraftReport({}, skipped)
     calls, names = _observe(model, sparse), _all_names(model)
@@ -87,12 +87,13 @@ def graft(sparse: SparseModel, model: nn.Module) -> GraftReport:
     return GraftReport(done, skipped)
 
 
-def _reads_ids(sparse: SparseModel, name: str) -> str | None:
+def _reads_more(sparse: SparseModel, name: str) -> str | None:
     """Why the experts cannot run inside a module: it is given tokens alone."""
     router = sparse.routers.get(name)
-    if router is None or not router.reads_ids:
+    if router is None or router.reads is None:
         return None
-    return f"its router ({router.system.name}) reads an integer of every token, which the module is not given"
+    read = "an embedding" if router.reads == "embedding" else "an integer"
+    return f"its router ({router.system.name}) reads {read} of every token, which the module is not given"
 
 
 def _loses_groups(sparse: SparseModel, name: str, cover: ModuleCover, calls: ModuleCalls) -> str | None:
@@ -237,7 +238,7 @@ def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: s
     graph.output(out if cover.down_axis == -1 else graph.call_method("movedim", (out, -1, cover.down_axis)))
     owner = nn.Module()
     for child, module in sparse.get_submodule(name).named_children():
-        if child in ("experts", "router", "shared"):
+        if child in ("experts", "router", "shared", "units"):
             owner.add_module(child, module)
     return GraphModule(owner, graph, "GraftedFFN")
 

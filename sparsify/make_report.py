@@ -65,6 +65,7 @@ def _ffn_report(match: FFNMatch, layer: LayerPlan, result: ConvertedLayer | None
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         num_shared_experts=layer.num_shared_experts,
+        expert_widths=layer.expert_widths,
         receipt=result.receipt,
         error=result.error,
         error_before_refit=result.error_before_refit,
@@ -121,13 +122,14 @@ def conversion_notes(
         f"no fused kernel, so experts run as a chain of ops, more slowly: {reason} ({', '.join(names)})"
         for reason, names in reasons.items()
     ]
-    groups: dict[int, list[str]] = {}
+    groups: dict[tuple[int, bool], list[str]] = {}
     for name, result in results.items():
         if result.group is not None:
-            groups.setdefault(result.group, []).append(name)
-    for size, names in groups.items():
+            groups.setdefault((result.group, result.merges), []).append(name)
+    for (size, merges), names in groups.items():
         group = f"the {size} tokens of each entry of the batch" if size else "all tokens of a call"
-        notes.append(f"at the sizes of the example inputs {group} compete for experts ({', '.join(names)})")
+        action = "are the sequences for which experts are merged" if merges else "compete for experts"
+        notes.append(f"at the sizes of the example inputs {group} {action} ({', '.join(names)})")
     free = [name for name, result in results.items() if result.gap]
     if free:
         notes.append(

@@ -69,7 +69,7 @@ class LayerRouting:
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of routed experts that run for a token."""
+        """Mean number of routed experts that run for a token; all of them where they are merged into one."""
         return sum(self.tokens_per_expert) / self.tokens if self.tokens else 0.0
 
     @property

@@ -211,7 +211,7 @@ class SparseModel(fx.GraphModule):
         you have to measure. What is not an expert is shared with this model.
 
         Raises:
-            ValueError: experts run on mixtures of tokens (Soft MoE).
+            ValueError: experts run on mixtures of tokens (Soft MoE), or are merged for each sequence (SMEAR, Lory).
         """
         from sparsify.passes.merge_experts import merge_experts
 

@@ -149,6 +149,14 @@ def test_nothing_is_left_changed(models):
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == before
 
 
+def test_the_dense_model_is_called_without_added_inputs():
+    """Labels that only the converted model takes are kept from the dense one."""
+    dense, labels = Encoder().ffn.eval(), {"expert_labels": torch.tensor([0, 1])}
+    config = SparsifyConfig(start="upcycle", router="demix", num_experts=2, top_k=1, select="all")
+    sparse = sparsify(dense, (torch.randn(2, 4, 16),), labels, config=config)
+    assert len(bench(dense, sparse, sizes=[(3, 5)], rounds=1).timings) == 1
+
+
 def test_without_onnx_files_only_pytorch_is_timed(models):
     """The converted file alone would have nothing to be compared with."""
     report = bench(*models, sizes=[(1, 2)], rounds=1)

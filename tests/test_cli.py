@@ -46,6 +46,12 @@ def model():
     batches = [torch.randn(4, 8, 16) for _ in range(3)]
     pathlib.Path("loaded").touch()
     return ffn, (torch.randn(2, 4, 16),), {}, batches
+
+
+def labelled():
+    labels = {"expert_labels": torch.tensor([1, 0])}
+    ffn, args, _, batches = model()
+    return ffn, args, labels, [((batch[:2],), labels) for batch in batches]
 """
 OPTIONS = ("--experts", "4", "--top-k", "2", "--select", "all")
 # The program as installed, without the need to install it.
@@ -249,6 +255,31 @@ def test_selection_and_overrides_reach_the_conversion(tmp_path, select):
     assert config.for_layer("other").num_experts == 8
 
 
+def test_widths_reach_the_conversion(tmp_path):
+    """Of the whole model, and of some FFNs."""
+    widths = ("--widths", "16,16,32", "--override", "ffn?:expert_widths=32+16+16,top_k=2")
+    options = ("--top-k", "1", "--select", "all", "--no-onnx", "--no-calibration")
+    result = run("convert", "tiny_factory:model", "-o", tmp_path / "out", *options, *widths, "--json")
+    [ffn] = json.loads(result.stdout)["report"]["ffns"]
+    assert (ffn["expert_widths"], ffn["top_k"], ffn["num_shared_experts"]) == ([32, 16, 16], 2, 1)
+    assert "pass" in run("verify", tmp_path / "out").stdout
+
+
+def test_labels_and_routes_of_a_file(tmp_path):
+    """A label of the factory reaches the router and the file, which returns routes; the dense model needs none."""
+    out, given = tmp_path / "out", ("tiny_factory:labelled", "--start", "upcycle", "--router", "demix")
+    numbers = ("--experts", "2", "--top-k", "1", "--select", "all")
+    options = ("--routing-outputs", "--ids-input", "expert_labels", "--no-calibration")
+    result = run("convert", *given, *numbers, *options, "-o", out, "--json")
+    assert json.loads(result.stdout)["report"]["output_error"] < 1e-5
+    proto = onnx.load(out / "model.onnx")
+    assert "expert_labels" in [value.name for value in proto.graph.input]
+    assert [value.name.rpartition(".")[2] for value in proto.graph.output][1:] == ["expert_ids", "routing_weights"]
+    assert "expert_labels" not in [value.name for value in onnx.load(out / "model.dense.onnx").graph.input]
+    assert run("verify", out).exit_code == 0
+    assert "1 FFNs can be converted" in run("inspect", "tiny_factory:labelled").stdout
+
+
 def test_target_tokens_reach_plan_and_export(tmp_path):
     """Both are made for the sizes that calls will have, and the report says how long an FFN takes there."""
     options = ("--experts", "4", "--top-k", "2", "--select", "all", "--target-tokens", "3", "--target-tokens", "40")
@@ -289,10 +320,15 @@ def test_files_of_others_are_not_overwritten(tmp_path):
         (["tiny_factory:model", "--select", "2", "--experts", "2", "--top-k", "1"], "asks for the last 2 FFNs"),
         (["tiny_factory:model", "--override", "*:top_k"], "such as '*.11.*:num_experts=8,top_k=2'"),
         (["tiny_factory:model", "--override", "*:k=2"], "some of num_experts, top_k, num_shared_experts"),
+        (["tiny_factory:model", "--widths", "32;32"], "such as 768,384,384, got '32;32'"),
+        (["tiny_factory:model", "--widths", "32,16", "--top-k", "1", "--select", "all"], "[32, 16] add up to 48"),
+        (["tiny_factory:model", "--override", "*:top_k=1+2"], "top_k must be a whole number, got [1, 2]"),
         (["tiny_factory:model", "--override", "*:top_k=0"], "top_k must be at least 1, got 0"),
         (["tiny_factory:model", "--override", "nosuch.*:top_k=1"], "matches none of the 1 FFNs"),
         (["tiny_factory:model", "--target-tokens", "0"], "target_tokens must be at least 1, got 0"),
         (["tiny_factory:model", "--target", "tpu"], "ort-cpu"),
+        (["tiny_factory:model", "--ids-input", "x"], "ids_input='x' is for routers that read ids, labels or"),
+        (["tiny_factory:model", "--routing-outputs", "--no-onnx"], "which --no-onnx leaves out; give one of them"),
     ],
 )
 def test_bad_input_is_refused_with_one_message(tmp_path, arguments, message):

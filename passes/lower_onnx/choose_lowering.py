@@ -2,13 +2,14 @@
 
 `expert_chain` and `sorted_split` compute the chosen experts alone, in standard operators; `dense_masked` computes all
 of them, which is faster where they are small; `moe_op` is one `com.microsoft::MoE` node. Where the op is exact is
-measured (onnxruntime 1.23 to 1.32 on the CPU) or read in its source (CUDA).
+measured (onnxruntime 1.23 to 1.32 on the CPU) or read in its source (CUDA). `dense`, and the op in place of an exact
+GELU, compute something else than the model: the user must allow them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast, get_args
 
@@ -16,7 +17,7 @@ import torch
 
 from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.costs import predict_seconds
-from sparsify.passes.lower_onnx.lowerings import Lowering, Target, Version
+from sparsify.passes.lower_onnx.lowerings import Deviation, Lowering, Target, Version
 
 # One token at a time, a few, and a batch of sequences.
 DEFAULT_TOKENS = (1, 32, 512)
@@ -51,16 +52,20 @@ class LoweringTime:
         return f"{self.lowering} {times} ms {'measured' if self.measured else 'predicted'}"
 
 
-def refusals(facts: LayerFacts, target: Target, runtime: Version | None) -> dict[Lowering, str | None]:
-    """Every lowering, and why it would not compute what the model computes; None for those that are exact.
+def refusals(
+    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Deviation] = ()
+) -> dict[Lowering, str | None]:
+    """Every lowering, and why it would not compute what the model computes; None for those that are exact or allowed.
 
     Args:
         facts: of the layer.
         target: what will run the file.
         runtime: the version of onnxruntime, e.g. `(1, 31, 1)`; None if it is not known.
+        allow: what the file may compute in place of the model; without "dense" that lowering is left out.
     """
-    names = cast(tuple[Lowering, ...], get_args(Lowering))
-    return {name: why_not(name, facts, target, runtime) for name in names}
+    known = cast(tuple[Lowering, ...], get_args(Lowering))
+    names: list[Lowering] = [name for name in known if name != "dense" or "dense" in allow]
+    return {name: why_not(name, facts, target, runtime, allow) for name in names}
 
 
 def choose_lowering(
@@ -77,7 +82,7 @@ def choose_lowering(
         facts: of the layer.
         target: what will run the file.
         tokens: the token counts that count, equally.
-        measure: times lowerings, at `tokens`; None to trust the cost model.
+        measure: times lowerings, at `tokens`, None for one that cannot be run alone; None to trust the cost model.
 
     Returns:
         The lowering, why, and the times; none for CUDA, of which nothing was measured.
@@ -91,7 +96,8 @@ def choose_lowering(
     measured = [None if each is None else tuple(each) for each in measure(lowerings)] if measure else None
     found = measured or [None] * len(lowerings)
     times = tuple(LoweringTime(*each) for each in zip(lowerings, predicted, found, strict=True))
-    best = min(times, key=lambda time: time.score)
+    compared = [time for time in times if time.measured] or times  # seconds that were not measured say little beside
+    best = min(compared, key=lambda time: time.score)
     return best.lowering, _reason(best, refused, tokens), times
 
 
@@ -99,26 +105,40 @@ def _reason(best: LoweringTime, refused: Mapping[Lowering, str | None], tokens: 
     others = {reason: name for name, reason in refused.items() if reason is not None}  # one is enough of equal reasons
     excluded = "".join(f"; {name} does not fit: {reason}" for reason, name in others.items())
     at = f"at {', '.join(map(str, tokens))} tokens, as {'measured' if best.measured else 'predicted'}"
+    if best.lowering == "dense":
+        return f"as you allow: with all its experts on it is the fastest {at}{excluded}"
     if best.lowering == "dense_masked":
         return f"all experts at once are faster than the chosen ones {at}{excluded}"
     return f"the fastest {at}{excluded}"
 
 
-def why_not(lowering: Lowering, facts: LayerFacts, target: Target, runtime: Version | None) -> str | None:
+def why_not(
+    lowering: Lowering,
+    facts: LayerFacts,
+    target: Target,
+    runtime: Version | None,
+    allow: Collection[Deviation] = (),
+) -> str | None:
     """Say why a lowering would be wrong or would not load for a layer; None if it is right."""
     if lowering == "moe_op":
-        return why_not_moe_op(facts, target, runtime)
+        return why_not_moe_op(facts, target, runtime, allow)
+    if lowering == "dense" and not facts.plain_router:
+        return "its router weighs experts, so that all of them together are no dense FFN"
     return None if lowering == "sorted_split" else facts.irregular
 
 
-def why_not_moe_op(facts: LayerFacts, target: Target, runtime: Version | None) -> str | None:
+def why_not_moe_op(
+    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Deviation] = ()
+) -> str | None:
     """Say why `com.microsoft::MoE` would be wrong or would not load for a layer; None if it is right."""
     if target == "portable":
         return "the target portable allows standard ops only"
     if facts.irregular is not None:
         return facts.irregular
-    if moe_activation(facts.activation, facts.gated) is None:
+    if moe_activation(facts.activation, facts.gated, tanh_gelu="tanh_gelu" in allow) is None:
         return _activation_reason(facts)
+    if facts.units is not None:
+        return "its experts differ in width, and those of the op do not"
     if not facts.plain_router:
         return "its router may leave slots unused or weigh experts by any number, which the op cannot express"
     if facts.output_size != facts.hidden_size:
@@ -127,15 +147,20 @@ def why_not_moe_op(facts: LayerFacts, target: Target, runtime: Version | None) -
     return _cpu_reason(facts, version) if target == "ort-cpu" else _cuda_reason(facts, version)
 
 
-def moe_activation(activation: str, gated: bool) -> str | None:
-    """The `activation_type` of the op for an activation, None if it has none."""
+def moe_activation(activation: str, gated: bool, tanh_gelu: bool = False) -> str | None:
+    """The `activation_type` of the op for an activation, None if it has none; `tanh_gelu` takes its GELU for exact."""
     if gated:
         return "swiglu" if activation == "silu" else None
+    if activation == "gelu" and tanh_gelu:
+        return "gelu"
     return _MOE_ACTIVATIONS.get(activation)
 
 
-def check_options(target: str, lowering: str, tokens: Sequence[int]) -> None:
-    """Raise `ValueError` for an unknown target or lowering, or token counts that are none."""
+def check_options(target: str, lowering: str, tokens: Sequence[int], allow: Collection[str] = ()) -> None:
+    """Raise `ValueError` for an unknown target, lowering or deviation, or token counts that are none."""
+    known = cast(tuple[str, ...], get_args(Deviation))
+    if isinstance(allow, str) or any(name not in known for name in allow):
+        raise ValueError(f"allow must hold some of {', '.join(known)}, such as [\"dense\"], got {allow!r}")
     if target not in get_args(Target):
         raise ValueError(f"target must be one of {', '.join(get_args(Target))}, got {target!r}")
     allowed = ("auto", *cast(tuple[str, ...], get_args(Lowering)))

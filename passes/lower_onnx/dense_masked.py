@@ -27,7 +27,7 @@ def lower_dense_masked(region: ExpertRegion) -> None:
     """
     tape = Tape()
     x = input_of(region.dispatch, 0)
-    hidden = region.replay(tape, x, lambda node, rows: _project(tape, node, rows))  # [T, F]
+    hidden = region.replay(tape, x, lambda node, rows: project(tape, node, rows))  # [T, F]
     dtype = dtype_of(input_of(region.down, 1))
     mask = _mask(tape, region, dtype)  # [T, E]
     neurons = stored(input_of(region.down, 1)).shape[2]
@@ -43,8 +43,11 @@ def lower_dense_masked(region: ExpertRegion) -> None:
     region.replace(tape, {region.combine.outputs[0]: y})
 
 
-def _project(tape: Tape, node: ir.Node, rows: ir.Value) -> ir.Value:
-    """`[T, D]` to `[T, F]`; the weight `[E, M, D]` has its rows in the order of a dense one already."""
+def project(tape: Tape, node: ir.Node, rows: ir.Value) -> ir.Value:
+    """An `ExpertLinear` for the neurons of all experts, `[T, D]` to `[T, F]`.
+
+    The weight `[E, M, D]` has its rows in the order of a dense one already.
+    """
     weight, bias = input_of(node, 1), optional_input(node, 2)
     inputs = [rows, _flat(tape, node, weight, (-1, stored(weight).shape[2]))]
     if bias is not None:
@@ -52,14 +55,20 @@ def _project(tape: Tape, node: ir.Node, rows: ir.Value) -> ir.Value:
     return tape.op("Gemm", inputs, {"transB": 1})
 
 
-def _down(tape: Tape, node: ir.Node, hidden: ir.Value, mask: ir.Value) -> ir.Value:
-    """`[T, F]` to `[T, N]`."""
-    weight, bias = input_of(node, 1), optional_input(node, 2)
-    array = stored(weight)  # [E, N, M]
-    flat = np.ascontiguousarray(array.swapaxes(1, 2)).reshape(-1, array.shape[1])  # [F, N]
+def flat_down(tape: Tape, node: ir.Node) -> ir.Value:
+    """The weight `[E, N, M]` of an `ExpertLinear` with its input features side by side, `[F, N]`."""
+    weight = input_of(node, 1)
+    array = stored(weight)
+    flat = np.ascontiguousarray(array.swapaxes(1, 2)).reshape(-1, array.shape[1])
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    inputs = [hidden, packed(tape, graph, f"{weight.name}.flat", flat, dtype_of(weight))]
+    return packed(tape, graph, f"{weight.name}.flat", flat, dtype_of(weight))
+
+
+def _down(tape: Tape, node: ir.Node, hidden: ir.Value, mask: ir.Value) -> ir.Value:
+    """`[T, F]` to `[T, N]`."""
+    bias = optional_input(node, 2)
+    inputs = [hidden, flat_down(tape, node)]
     if bias is None:
         return tape.op("Gemm", inputs)
     return tape.op("Gemm", [*inputs, tape.op("MatMul", [mask, bias])])

@@ -10,6 +10,7 @@ from onnx_ir.tape import Tape
 
 from sparsify.passes.lower_onnx import moe_op
 from sparsify.passes.lower_onnx.combine import lower_combine
+from sparsify.passes.lower_onnx.dense_layer import lower_dense_layer
 from sparsify.passes.lower_onnx.dense_masked import lower_dense_masked
 from sparsify.passes.lower_onnx.dispatch import lower_dispatch
 from sparsify.passes.lower_onnx.expert_chain import lower_expert_chain
@@ -30,6 +31,7 @@ _LAYERS: dict[Lowering, Callable[[ExpertRegion], None]] = {
     "expert_chain": lower_expert_chain,
     "dense_masked": lower_dense_masked,
     "moe_op": lower_moe_layer,
+    "dense": lower_dense_layer,
 }
 
 

@@ -1,6 +1,8 @@
 """Time one layer of an exported graph in onnxruntime, alone, with each of several lowerings.
 
-One session lives at a time, as the threads of an idle one take processor time; lowerings take turns. T tokens, K slots.
+The router runs too where it reads the tokens alone, but for "dense", which has none; experts are chosen evenly at
+random, as random tokens have no favourites among them. One session lives at a time, as the threads of an idle one take
+processor time; lowerings take turns. T tokens, K slots.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion, find_regions, is_linear
+from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion, find_regions, is_linear, nodes_of
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
 from sparsify.passes.lower_onnx.lowerings import Lowering
 from sparsify.passes.lower_onnx.runtime import open_session
@@ -42,7 +44,8 @@ def measure_lowerings(
     """
     if any(value.const_value is None for value in _read_values(region)):
         return [None] * len(lowerings)
-    files = [_layer_model(region, opset, lowering) for lowering in lowerings]
+    router = _router(region)
+    files = [_layer_model(region, router, opset, lowering) for lowering in lowerings]
     feeds = [[_random_inputs(region, count, seed) for seed in range(4)] for count in tokens]
     rounds = [[_time(file, feeds) for file in files] for _ in range(_ROUNDS)]
     return [
@@ -57,22 +60,39 @@ def _read_values(region: ExpertRegion) -> list[ir.Value]:
     return [value for node in nodes for value in node.inputs if value is not None and value not in computed]
 
 
-def _layer_model(region: ExpertRegion, opset: int, lowering: Lowering) -> bytes:
+def _router(region: ExpertRegion) -> list[ir.Node]:
+    """Its nodes; none where they read more than the tokens of the layer and weights."""
+    nodes = nodes_of(region, "router")
+    known = {input_of(region.dispatch, 0), *(output for node in nodes for output in node.outputs)}
+    read = [value for node in nodes for value in node.inputs if value is not None and value not in known]
+    whole = input_of(region.dispatch, 1).producer() in nodes and all(value.const_value is not None for value in read)
+    return nodes if whole else []
+
+
+def _layer_model(region: ExpertRegion, router: Sequence[ir.Node], opset: int, lowering: Lowering) -> bytes:
     ids, weights = input_of(region.dispatch, 1), input_of(region.combine, 1)
     inputs = [input_of(region.dispatch, 0), ids, weights]
+    names = ["x", "ids", "weights"]
+    if region.units is not None:
+        inputs += [region.expert_ids, region.routing_weights]
+        names += ["chosen_ids", "chosen_weights"]
     copies = {
         value: ir.Value(name=name, type=value.type, shape=ir.Shape(["tokens", size]))
-        for value, name, size in zip(inputs, ("x", "ids", "weights"), _widths(region), strict=True)
+        for value, name, size in zip(inputs, names, _widths(region), strict=False)
     }
-    for value in _read_values(region):
+    graph_inputs = [copies[value] for value in inputs]
+    read = [value for node in router for value in node.inputs if value is not None and value.const_value is not None]
+    for value in (*_read_values(region), *read):
         tensor = value.const_value
         copies.setdefault(value, ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=tensor))
     nodes = [_copy(node, copies) for node in (region.dispatch, *region.inner, region.down, region.combine)]
-    y = copies[region.combine.outputs[0]]
-    graph_inputs = [copies[value] for value in inputs]
+    outputs = [copies[region.combine.outputs[0]]]
+    if lowering != "dense":  # what the router chooses is an output, so that it runs
+        nodes += [_copy(node, copies) for node in router]
+        outputs += [copies[value] for value in (ids, weights) if value.producer() in router]
     stored = [value for value in copies.values() if value.const_value is not None]
     imports = {"": opset, DOMAIN: 1}
-    graph = ir.Graph(graph_inputs, [y], nodes=nodes, initializers=stored, opset_imports=imports, name="layer")
+    graph = ir.Graph(graph_inputs, outputs, nodes=nodes, initializers=stored, opset_imports=imports, name="layer")
     model = ir.Model(graph, ir_version=10)
     lower_layer(find_regions(graph)[0], lowering)
     lower_placeholders(model)
@@ -86,9 +106,11 @@ def _copy(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
     return ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=outputs, version=1)
 
 
-def _widths(region: ExpertRegion) -> tuple[int, int, int]:
+def _widths(region: ExpertRegion) -> tuple[int, int, int, int, int]:
+    """Columns of tokens, ids and weights, and of ids and weights of whole experts."""
     first = next(node for node in region.inner if is_linear(node))
-    return stored(input_of(first, 1)).shape[2], region.top_k, region.top_k
+    chosen = region.top_k // max(region.units or [1])
+    return stored(input_of(first, 1)).shape[2], region.top_k, region.top_k, chosen, chosen
 
 
 def _random_inputs(region: ExpertRegion, tokens: int, seed: int) -> dict[str, np.ndarray]:
@@ -96,11 +118,16 @@ def _random_inputs(region: ExpertRegion, tokens: int, seed: int) -> dict[str, np
     random = np.random.default_rng(seed)
     hidden_size = _widths(region)[0]
     dtypes = [dtype_of(value).numpy() for value in (input_of(region.dispatch, 0), input_of(region.combine, 1))]
-    ids = random.random((tokens, region.num_experts)).argsort(1)[:, : region.top_k]
+    sizes = np.array(region.units or [1] * region.num_experts)
+    chosen = random.random((tokens, len(sizes))).argsort(1)[:, : region.top_k // max(sizes)]
+    places, first = np.arange(max(sizes)), (sizes.cumsum() - sizes)[chosen]
+    ids = np.where(places < sizes[chosen][..., None], first[..., None] + places, -1).reshape(tokens, -1)
     return {
         "x": random.standard_normal((tokens, hidden_size)).astype(dtypes[0]),
         "ids": ids.astype(np.int64),
-        "weights": np.ones(ids.shape, dtypes[1]),
+        "weights": (ids >= 0).astype(dtypes[1]),
+        "chosen_ids": chosen.astype(np.int64),
+        "chosen_weights": np.ones(chosen.shape, dtypes[1]),
     }
 
 

@@ -14,6 +14,7 @@ from sparsify.passes.lower_onnx.expert_region import SCOPE, ExpertRegion, mark_n
 from sparsify.passes.lower_onnx.values import input_of
 
 _MODULES = "pkg.torch.onnx.name_scopes"
+_NO_MODULE = "_empty_nn_module_stack"  # begins what torch.export notes on sizes and other nodes that no module made
 
 
 def mark_router(region: ExpertRegion) -> None:
@@ -26,7 +27,7 @@ def mark_router(region: ExpertRegion) -> None:
         if any(value in from_tokens for value in node.inputs):
             after_tokens.append(node)
             from_tokens.update(node.outputs)
-    wanted = {input_of(region.dispatch, 1), input_of(region.combine, 1)}
+    wanted = {input_of(region.dispatch, 1), input_of(region.combine, 1), region.expert_ids, region.routing_weights}
     for node in reversed(after_tokens):
         if any(value in wanted for value in node.outputs):
             wanted.update(value for value in node.inputs if value is not None)
@@ -51,5 +52,5 @@ def _path(node: ir.Node) -> str:
     scope = node.metadata_props.get(SCOPE)
     if scope is None:
         scopes = ast.literal_eval(node.metadata_props.get(_MODULES, "['', '']"))  # modules from the root, then the op
-        scope = str(scopes[-2]) if len(scopes) > 1 else ""
+        scope = str(scopes[-2]) if len(scopes) > 1 and not str(scopes[-2]).startswith(_NO_MODULE) else ""
     return node_path(scope)

@@ -5,6 +5,8 @@ T tokens, D hidden_size, R routed experts.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -19,19 +21,36 @@ _LEARNING_RATE = 1e-2
 
 def expert_norms(experts: Experts, x: Tensor) -> Tensor:
     """`[T, R]`: the norm of `E_e(x) + expert_bias_e`, the deviation from what stands in when e is skipped."""
-    return torch.cat([_squares(experts, part).clamp(min=0).sqrt() for part in chunks(x)])
+    norms = _norms if experts.sizes else _norms_of_units
+    return torch.cat([norms(experts, part) for part in chunks(x)])
 
 
-def _squares(experts: Experts, x: Tensor) -> Tensor:
+def _norms_of_units(experts: Experts, x: Tensor) -> Tensor:
     """By the m x m products of an expert's columns, which is less work than its outputs where m is below D_out."""
-    hidden = experts.hidden(x).transpose(0, 1)  # [R, T, m]
-    columns = experts.down.transpose(1, 2) @ experts.down  # [R, m, m]
-    squares = (hidden @ columns * hidden).sum(2)  # [R, T]
+    hidden = experts.hidden(x).transpose(0, 1)  # [U, T, m]
+    columns = experts.down.transpose(1, 2) @ experts.down  # [U, m, m]
+    squares = (hidden @ columns * hidden).sum(2)  # [U, T]
     bias = experts.expert_bias
     if bias is not None:
         squares += (hidden @ (bias.unsqueeze(1) @ experts.down * 2).transpose(1, 2)).squeeze(2)
         squares += bias.square().sum(1, keepdim=True)
-    return squares.t()
+    return squares.t().clamp(min=0).sqrt()
+
+
+def _norms(experts: Experts, x: Tensor) -> Tensor:
+    columns: list[Tensor] = []
+    sizes = experts.sizes or (1,) * experts.num_units
+    for e, last in enumerate(itertools.accumulate(sizes)):
+        own = slice(last - sizes[e], last)  # units
+        projected = [
+            torch.nn.functional.linear(x, weight[own].flatten(0, 1), None if bias is None else bias[own].flatten())
+            for weight, bias in zip(experts.projections, experts.projection_biases, strict=True)
+        ]
+        hidden = experts.activation(*projected, *(v[own].flatten() if v.dim() == 2 else v for v in experts.vectors))
+        bias = None if experts.expert_bias is None else experts.expert_bias[own].sum(0)
+        down = experts.down[own].transpose(0, 1).flatten(1)
+        columns.append(torch.nn.functional.linear(hidden, down, bias).norm(dim=1))
+    return torch.stack(columns, dim=1)
 
 
 def train_router(x: Tensor, norms: Tensor, top_k: int, router_hidden_size: int, seed: int) -> MLPRouter:

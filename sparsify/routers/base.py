@@ -13,6 +13,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+# What a router reads of every token beside its features: its id or a label, an integer each; or an embedding.
+Reads = Literal["ids", "labels", "embedding"]
+
 # What is known of the weights of a token: each used slot has 1; they sum to 1; nothing.
 WeightRule = Literal["one", "sum", "free"]
 
@@ -39,6 +42,8 @@ class System:
 class Router(nn.Module, abc.ABC):
     """Choose among `num_experts` experts for every token.
 
+    Every constructor begins with `hidden_size` D, `num_experts` E and `top_k` K, and has defaults for the rest.
+
     A subclass defines `system` and `route`, and keeps every argument of its constructor in an attribute of the same
     name, from which a saved model is built again. What training needs beside the loss of the task it leaves in `losses`
     while it routes in training mode, with a factor for each in `coefficients`.
@@ -49,9 +54,9 @@ class Router(nn.Module, abc.ABC):
     system: ClassVar[System]
     default_num_experts: ClassVar[int] = 4
     default_top_k: ClassVar[int] = 2
-    reads_ids: ClassVar[bool] = False  # `forward` wants an integer for every token
     reads_groups: ClassVar[bool] = False  # tokens of a group compete: `forward` is given `[G, .., D]`
     mixes: ClassVar[bool] = False  # experts run on mixtures of tokens: see `SoftMoERouter.forward`
+    merges: ClassVar[bool] = False  # experts are merged into one: see `MergingRouter.forward`
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -78,6 +83,11 @@ class Router(nn.Module, abc.ABC):
         Raises:
             ValueError: says what to change.
         """
+
+    @property
+    def reads(self) -> Reads | None:
+        """What `forward` wants as `ids`; None for nothing."""
+        return None
 
     @property
     def num_slots(self) -> int:
@@ -109,7 +119,7 @@ class Router(nn.Module, abc.ABC):
         """`x` `[T, D]` -> routing_weights `[T, K]`, floating; expert_ids `[T, K]` int64, -1 for a slot not used."""
 
     def route_by_id(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As `route`, for a router that also reads an integer `ids` `[T]` of every token; others ignore it."""
+        """As `route`, for a router that also `reads` something of every token, `ids` `[T]` or `[T, A]`."""
         return self.route(x)
 
     def fit_ids(self, ids: Tensor) -> None:
@@ -120,7 +130,7 @@ class Router(nn.Module, abc.ABC):
 
         Args:
             x: `[T, D]`; or `[G, .., D]`, G groups of T / G tokens, for a router that reads groups.
-            ids: `[T]` int64, for a router that reads ids: token ids, or labels.
+            ids: what the router `reads`: `[T]` int64, token ids or labels; or an embedding `[T, A]`.
 
         Returns:
             routing_weights: `[T, K]`, dtype of `x`.

@@ -20,6 +20,7 @@ from sparsify.routers.hash_router import HashRouter
 from sparsify.routers.label_routers import DEMixRouter, MMoERouter, TaskMoERouter
 from sparsify.routers.limoe_router import LIMoERouter
 from sparsify.routers.m6_t_router import M6TRouter
+from sparsify.routers.merging_routers import LoryRouter, SmearRouter
 from sparsify.routers.mixture_of_depths_router import MixtureOfDepthsRouter
 from sparsify.routers.mlp_router import MLPRouter
 from sparsify.routers.noisy_top_k_router import NoisyTopKRouter
@@ -29,9 +30,10 @@ from sparsify.routers.pr_moe_router import PRMoERouter
 from sparsify.routers.remoe_router import ReMoERouter
 from sparsify.routers.s_base_router import SBaseRouter
 from sparsify.routers.soft_moe_router import SoftMoERouter
+from sparsify.routers.speech_moe_router import SpeechMoERouter
 from sparsify.routers.st_moe_router import STMoERouter
 from sparsify.routers.switch_router import SwitchRouter
-from sparsify.routers.thor_router import ThorRouter
+from sparsify.routers.thor_router import ThorHashRouter, ThorRouter
 from sparsify.routers.top_k_router import TopKRouter
 from sparsify.routers.top_p_router import TopPRouter
 from sparsify.routers.v_moe_router import VMoERouter
@@ -46,6 +48,7 @@ ROUTERS: tuple[type[Router], ...] = (
     RLRouter,
     RoutingNetworkRouter,
     ThorRouter,
+    ThorHashRouter,
     HashRouter,
     DEMixRouter,
     TaskMoERouter,
@@ -57,6 +60,8 @@ ROUTERS: tuple[type[Router], ...] = (
     ExpertChoiceRouter,
     MixtureOfDepthsRouter,
     SoftMoERouter,
+    SmearRouter,
+    LoryRouter,
     PeerRouter,
     NoisyTopKRouter,
     SwitchRouter,
@@ -67,6 +72,7 @@ ROUTERS: tuple[type[Router], ...] = (
     DTSRouter,
     XMoERouter,
     LIMoERouter,
+    SpeechMoERouter,
     DeepSeekMoERouter,
     DeepSeekV3Router,
 )

@@ -39,7 +39,6 @@ class DeepSeekMoERouter(LinearRouter, TokenChoiceRouter):
         """Route without renormalising.
 
         Args:
-            hidden_size: D.
             num_experts: routed experts.
             top_k: of them, for a token.
             balance_coefficient: of the balance of experts.

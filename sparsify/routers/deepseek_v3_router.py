@@ -50,9 +50,6 @@ class DeepSeekV3Router(LinearRouter, TokenChoiceRouter):
         """Route by groups, then experts.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
-            top_k: K.
             bias_rate: change of b a step; 1e-2 oscillates.
             num_groups: G runs of experts; a group scores the sum of its two best `s + b`.
             top_groups: only the experts of so many groups can be chosen.

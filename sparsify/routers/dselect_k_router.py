@@ -37,7 +37,6 @@ class DSelectKRouter(Router):
         """Draw the first digits near one half.
 
         Args:
-            hidden_size: D.
             num_experts: E. Where it is no power of two, codes of experts that do not exist lose their weight.
             top_k: K selectors.
             gamma: width of the smooth step.

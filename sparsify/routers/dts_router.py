@@ -47,8 +47,6 @@ class DTSRouter(LinearRouter, TokenChoiceRouter):
         """Start dense.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: experts of a token at the end.
             anneal_steps: until then.
             first_temperature: of the softmax at step 0; it falls geometrically.

@@ -48,8 +48,6 @@ class GShardRouter(LinearRouter, TokenChoiceRouter):
         """Top-2.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 2.
             second: the policy of the second expert, see `Second`.
             threshold: of its policies (0.5 in GShard, 0.2 in Mesh).

@@ -35,8 +35,6 @@ class HashRouter(IdRouter):
         """Draw the table, the same one in every layer.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 1.
             num_ids: size of the table. The conversion takes that of the embedding that reads the ids.
             balanced: have the conversion balance the table by the ids of the calibration data.

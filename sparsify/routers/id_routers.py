@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsify.routers.base import Router
+from sparsify.routers.base import Reads, Router
 
 
 class IdRouter(Router):
     """`forward(x, ids)`. A subclass defines `route_by_id` and `num_ids`, the size of its table."""
 
-    reads_ids: ClassVar[bool] = True
     num_ids: int
+
+    @property
+    def reads(self) -> Reads | None:
+        """Token ids, or other integers of the model's input."""
+        return "ids"
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Refuse: there are no ids.
@@ -26,19 +29,8 @@ class IdRouter(Router):
         raise ValueError(f"the router {self.system.name!r} reads an integer of every token: call router(x, ids)")
 
     def check_ids(self, ids: Tensor) -> None:
-        """Refuse ids outside the table, where their values can be read without waiting for a GPU.
-
-        Raises:
-            ValueError: names the id and the size of the table.
-        """
-        if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
-            return
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= self.num_ids:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"the router {self.system.name!r} knows the ids 0 to {self.num_ids - 1}, got {wrong}; {self.advice}"
-            )
+        """As `check_ids`, for the ids of the table."""
+        check_ids(ids, self.num_ids, self.system.name, self.advice)
 
     @property
     def advice(self) -> str:
@@ -48,6 +40,11 @@ class IdRouter(Router):
 
 class LabelRouter(IdRouter):
     """An `IdRouter` whose ids are labels (a task, a language, a domain): few, and given by the caller."""
+
+    @property
+    def reads(self) -> Reads | None:
+        """Labels."""
+        return "labels"
 
     @abc.abstractmethod
     def specialised(self, label: int) -> tuple[Router, list[int]]:
@@ -64,3 +61,22 @@ class LabelRouter(IdRouter):
     def advice(self) -> str:
         """What to do about a label outside the table."""
         return "give num_labels in router_options as large as there are labels, or correct the label"
+
+
+def check_ids(ids: Tensor, count: int, name: str, advice: str) -> None:
+    """Refuse ids that are not below `count`, where their values can be read without waiting for a GPU.
+
+    Raises:
+        ValueError: names the router, the id, the size of its table and what to do.
+    """
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= count:
+        wrong = low if low < 0 else high
+        if count == 0:
+            raise ValueError(
+                f"the router {name!r} has no table yet, as no embedding reads its ids: give num_ids in router_options, "
+                f"at least {high + 1} for these"
+            )
+        raise ValueError(f"the router {name!r} knows the ids 0 to {count - 1}, got {wrong}; {advice}")

@@ -22,8 +22,9 @@ class DEMixRouter(LabelRouter):
 
     system = System(
         name="demix",
-        paper="DEMix Layers: Disentangling Domains for Modular Language Modeling (arXiv 2108.05036)",
-        mechanism="the label is the expert; weight 1",
+        paper="DEMix Layers: Disentangling Domains for Modular Language Modeling (arXiv 2108.05036); language-specific "
+        "layers (arXiv 2010.11125)",
+        mechanism="the label, a domain, language or task, is the expert; weight 1",
         export_form="table",
         needs=("labels",),
     )
@@ -73,9 +74,6 @@ class TaskMoERouter(LabelRouter):
         """Draw the logits.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
-            top_k: K.
             num_labels: L.
         """
         super().__init__(hidden_size, num_experts, top_k)
@@ -118,8 +116,6 @@ class MMoERouter(LabelRouter):
         """Draw the gates.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: E.
             num_labels: L.
         """

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.routers.base import System, require_one
+from sparsify.routers.base import Reads, System, require_one
 from sparsify.routers.capacity import Overflow
+from sparsify.routers.id_routers import check_ids
 from sparsify.routers.linear_router import LinearRouter
 from sparsify.routers.losses import global_entropy_loss, importance_loss, local_entropy_loss, z_loss
 from sparsify.routers.token_choice import TokenChoiceRouter
@@ -18,10 +19,8 @@ from sparsify.routers.token_choice import TokenChoiceRouter
 class LIMoERouter(LinearRouter, TokenChoiceRouter):
     """Tokens of every modality are to be sure of their expert, and to use `soft_minimum` experts or more together.
 
-    Without `modalities` all tokens are of one. Slots go to tokens by falling probability, as in V-MoE.
-
-    Attributes:
-        modalities: `[T]` int64 in `[0, num_modalities)`, for the next call in training mode; set it before.
+    With several modalities the label of a token says which is its own; it plays no part in the route. Slots go to
+    tokens by falling probability, as in V-MoE.
     """
 
     system = System(
@@ -49,10 +48,8 @@ class LIMoERouter(LinearRouter, TokenChoiceRouter):
         """Top-1.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 1.
-            num_modalities: whose tokens are balanced apart.
+            num_modalities: M, whose tokens are balanced apart. With more than one the router reads labels.
             soft_minimum: S, experts that each modality is to use at least, or None for all.
             entropy_coefficient: of the local and of the global loss.
             importance_coefficient: of the importance loss.
@@ -78,30 +75,45 @@ class LIMoERouter(LinearRouter, TokenChoiceRouter):
             "importance": importance_coefficient,
             "z": z_coefficient,
         }
-        self.modalities: Tensor | None = None
+        self._members: Tensor | None = None  # [T, M], of one call
+
+    @property
+    def reads(self) -> Reads | None:
+        """The modality of every token, where there is more than one."""
+        return "labels" if self.num_modalities > 1 else None
 
     def check_top_k(self, top_k: int) -> None:
         """One expert a token."""
         super().check_top_k(top_k)
         require_one(self.system.name, top_k)
 
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TokenChoiceRouter`.
+
+        Raises:
+            ValueError: there are several modalities, and in training mode nothing says which are those of the tokens.
+        """
+        if self.training and self.num_modalities > 1 and self._members is None:
+            raise ValueError(
+                f"{self.num_modalities} modalities are balanced apart in training, so the router 'limoe' needs the one "
+                "of each token: call router(x, modalities), [T] int64"
+            )
+        return super().route(x)
+
+    def route_by_id(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `route`; `ids` `[T]` are modalities."""
+        advice = "give num_modalities in router_options as large as there are modalities, or correct the label"
+        check_ids(ids, self.num_modalities, self.system.name, advice)
+        self._members = torch.nn.functional.one_hot(ids, self.num_modalities)
+        try:
+            return self.route(x)
+        finally:
+            self._members = None
+
     def add_losses(self, logits: Tensor, scores: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """Entropies are means over the modalities that have tokens."""
-        parts = self._by_modality(scores)
         threshold = math.log(self.soft_minimum or self.num_experts)
-        self.losses["local"] = torch.stack([local_entropy_loss(part) for part in parts]).mean()
-        self.losses["global"] = torch.stack([global_entropy_loss(part, threshold) for part in parts]).mean()
+        self.losses["local"] = local_entropy_loss(scores, self._members)
+        self.losses["global"] = global_entropy_loss(scores, threshold, self._members)
         self.losses["importance"] = importance_loss(scores)
         self.losses["z"] = z_loss(logits)
-
-    def _by_modality(self, scores: Tensor) -> list[Tensor]:
-        modalities, self.modalities = self.modalities, None
-        if self.num_modalities == 1:
-            return [scores]
-        if modalities is None or modalities.shape != scores.shape[:1]:
-            raise ValueError(
-                f"{self.num_modalities} modalities need the one of each of the {len(scores)} tokens: set `modalities` "
-                "of the router, [T] int64, before every call in training mode"
-            )
-        parts = [scores[modalities == number] for number in range(self.num_modalities)]
-        return [part for part in parts if len(part)] or [scores]

@@ -1,4 +1,4 @@
-"""What routers ask of training beside the loss of the task: balance, z, importance, load, entropy, consistency.
+"""What routers ask of training beside the loss of the task: balance, z, importance, load, entropies, consistency.
 
 Pure functions of a batch. Each returns a scalar, 0 for a batch without tokens; coefficients are the routers' affair.
 Counts pass no gradient on, probabilities and logits do. T tokens, E num_experts, K slots of a token.
@@ -98,18 +98,39 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()).sum(-1)
 
 
-def local_entropy_loss(probabilities: Tensor) -> Tensor:
-    """`mean_t H(p_t)` of `[T, E]`: 0 where every token is sure (LIMoE, arXiv 2206.02770, eq. 1)."""
-    return _token_mean(entropy(probabilities))
+def local_entropy_loss(probabilities: Tensor, members: Tensor | None = None) -> Tensor:
+    """`mean_t H(p_t)` of `[T, E]`: 0 where every token is sure (LIMoE, arXiv 2206.02770, eq. 1).
+
+    Args:
+        probabilities: `[T, E]`.
+        members: `[T, M]`, 1 where a token is of a modality: the mean over those that have tokens. None: one has all.
+    """
+    return _over_modalities(_modality_means(entropy(probabilities).unsqueeze(-1), members).squeeze(-1), members)
 
 
-def global_entropy_loss(probabilities: Tensor, threshold: float) -> Tensor:
+def global_entropy_loss(probabilities: Tensor, threshold: float, members: Tensor | None = None) -> Tensor:
     """`max(0, threshold - H(mean_t p_t))` of `[T, E]` (LIMoE, arXiv 2206.02770, eq. 2).
 
-    A threshold of `log S` asks that the tokens use at least S experts. 0 for no tokens.
+    A threshold of `log S` asks that the tokens use at least S experts. 0 for no tokens. `members` as above.
     """
-    loss = torch.relu(threshold - entropy(_token_mean(probabilities)))
-    return loss if probabilities.shape[0] else torch.zeros_like(loss)
+    loss = torch.relu(threshold - entropy(_modality_means(probabilities, members)))  # [M]
+    return _over_modalities(loss, members) if probabilities.shape[0] else torch.zeros_like(loss.sum())
+
+
+def sparsity_loss(probabilities: Tensor) -> Tensor:
+    """`mean_t |p_t|_1 / |p_t|_2` of `[T, E]`: 1 where every token is sure, sqrt(E) where none is.
+
+    SpeechMoE (arXiv 2105.03036); its formula was not read (unverified).
+    """
+    return _token_mean(probabilities.sum(-1) / probabilities.square().sum(-1).sqrt())
+
+
+def mean_importance_loss(probabilities: Tensor) -> Tensor:
+    """`E sum_e (mean_t p_te)^2` of `[T, E]`: 1 where the means are equal, E at collapse.
+
+    SpeechMoE (arXiv 2105.03036); its formula was not read (unverified).
+    """
+    return probabilities.shape[1] * _token_mean(probabilities).square().sum()
 
 
 def consistency_loss(logits: Tensor, other: Tensor) -> Tensor:
@@ -121,3 +142,19 @@ def consistency_loss(logits: Tensor, other: Tensor) -> Tensor:
 def _token_mean(values: Tensor) -> Tensor:
     """Mean over the first dimension, 0 where it is empty."""
     return values.sum(0) / values.new_ones(values.shape[0]).sum().clamp(min=1)
+
+
+def _modality_means(values: Tensor, members: Tensor | None) -> Tensor:
+    """`[T, C]` to `[M, C]`, 0 for a modality without tokens."""
+    if members is None:
+        return _token_mean(values).unsqueeze(0)
+    members = members.to(values.dtype)
+    return members.t() @ values / members.sum(0).clamp(min=1).unsqueeze(-1)
+
+
+def _over_modalities(values: Tensor, members: Tensor | None) -> Tensor:
+    """Mean of `[M]` over the modalities that have tokens."""
+    if members is None:
+        return values.mean()
+    present = (members.sum(0) > 0).to(values.dtype)
+    return (values * present).sum() / present.sum().clamp(min=1)

@@ -45,7 +45,6 @@ class MixtureOfDepthsRouter(GroupRouter):
         """Make the score and the predictor.
 
         Args:
-            hidden_size: D.
             num_experts: 1.
             top_k: 1.
             capacity: share of the tokens of a sequence that the FFN runs for in training.

@@ -37,7 +37,6 @@ class PeerRouter(Router):
         """Draw keys and queries.
 
         Args:
-            hidden_size: D.
             num_experts: E, a square.
             top_k: K, at most n = sqrt(E).
             heads: H.

@@ -129,8 +129,6 @@ class RoutingNetworkRouter(PolicyRouter):
         """Make the policy.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 1.
             pass_through: add an action that runs no expert, so that depth differs from token to token.
             collaboration: reward for an action, times the mean probability that the tokens of the call give it.

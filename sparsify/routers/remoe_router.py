@@ -41,8 +41,6 @@ class ReMoERouter(Router):
         """Start with all experts on.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: K, experts of a token on average that the L1 loss steers to.
             initial_strength: the first factor of the L1 loss.
             growth: of that factor, from call to call.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.routers.base import Router, System, WeightRule, require_one
+from sparsify.routers.hash_router import HashRouter
 
 
 class ThorRouter(Router):
@@ -30,8 +31,6 @@ class ThorRouter(Router):
         """No weights.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: 1.
             average: run all experts at inference, each with weight 1/E.
             inference_expert: the one that runs at inference otherwise.
@@ -68,3 +67,23 @@ class ThorRouter(Router):
             return weights, torch.full_like(weights, self.inference_expert, dtype=torch.int64)
         drawn = torch.randint(self.num_experts, (1, 1), device=x.device).expand(x.shape[0], 1)
         return weights, torch.cat([drawn, torch.full_like(unused, -1, dtype=torch.int64)], dim=-1)
+
+
+class ThorHashRouter(HashRouter):
+    """As `ThorRouter`; at inference the expert that a fixed random table has for the token's id, or its sentence's."""
+
+    system = System(
+        name="thor-hash",
+        paper="Taming Sparsely Activated Transformer with Stochastic Experts (THOR, arXiv 2110.04260)",
+        mechanism="training: as thor; inference: one expert by a fixed random table of token or sentence ids; weight 1",
+        export_form="table",
+        needs=("ids", "consistency"),
+    )
+
+    def route_by_id(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """One expert for all tokens in training, one slot."""
+        weights, expert_ids = super().route_by_id(x, ids)
+        if not self.training:
+            return weights, expert_ids
+        drawn = torch.randint(self.num_experts, (1, 1), device=x.device)
+        return weights, drawn.expand(x.shape[0], 1)

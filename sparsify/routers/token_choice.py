@@ -40,9 +40,6 @@ class TokenChoiceRouter(Router):
         """Dropless unless a factor is given.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
-            top_k: K.
             capacity_factor: of training; None drops nothing.
             eval_capacity_factor: of inference and export. With one, the route of a token depends on its batch.
             overflow: who keeps a slot where an expert has too few, see `capacity.Overflow`.

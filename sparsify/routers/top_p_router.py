@@ -35,8 +35,6 @@ class TopPRouter(LinearRouter):
         """Make the logits.
 
         Args:
-            hidden_size: D.
-            num_experts: E.
             top_k: K; the paper has no such bound, which is `top_k = num_experts`.
             threshold: P. 0 is top-1, above 1 all K.
             entropy_coefficient: of the mean entropy, which keeps the number of experts small.

@@ -35,6 +35,7 @@ def test_reads_names_and_sizes(sparse_transformer) -> None:
         gated=False,
         plain_router=True,
         irregular=None,
+        router_weights=12 * (16 + 1) + 5 * (12 + 1),  # two linear layers, with their biases
     )
 
 

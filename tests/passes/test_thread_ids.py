@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsify import SparseModel, export_onnx, sparsify
 from sparsify.errors import SelectionError
+from sparsify.passes.thread_ids import own_inputs
 
 HASH: dict[str, Any] = {"start": "upcycle", "router": "hash", "num_experts": 4, "top_k": 1, "select": "all"}
 DEMIX: dict[str, Any] = {**HASH, "router": "demix"}
@@ -79,7 +80,7 @@ def test_token_ids_choose_the_expert(flat: bool, calls: int, calibrated: bool) -
     batches = [(torch.randint(0, 40, (3, 9)), torch.zeros(3, 9, dtype=torch.int64))] if calibrated else None
     sparse = sparsify(model, (ids, types), calibration=batches, **HASH)
     torch.testing.assert_close(sparse(ids, types), model(ids, types), rtol=1e-5, atol=1e-5)
-    assert "experts are chosen by the integers of the input `input_ids`" in sparse.report.notes
+    assert "routers read the integers of the input `input_ids`" in sparse.report.notes
     other = torch.randint(0, 40, (3, 7))
     assert len(table_of(sparse)) == 40
     added = set_apart(sparse)(other, torch.zeros_like(other)) - (model.words(other) + model.types.weight[0])
@@ -174,5 +175,18 @@ def test_a_label_outside_the_table() -> None:
 
 def test_ids_input_needs_a_router_that_reads_it() -> None:
     """Protects: an option that would do nothing is refused."""
-    with pytest.raises(ValueError, match="'top-k' reads none"):
+    with pytest.raises(ValueError, match="'top-k' with these router_options reads none"):
         sparsify(Text().eval(), (torch.randint(0, 40, (2, 5)),), start="upcycle", router="top-k", ids_input="input_ids")
+
+
+def test_own_inputs_are_those_of_the_dense_model() -> None:
+    """Protects: the dense model beside a converted one is called without the added input, and with all else."""
+
+    class TakesAny(nn.Module):
+        def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+            return x + len(more)
+
+    given = {"token_types": torch.zeros(1), "expert_labels": torch.zeros(1).long()}
+    assert list(own_inputs(Text(), given)) == ["token_types"]
+    assert list(own_inputs(TakesAny(), given)) == ["token_types"]
+    assert list(own_inputs(Text(), {"domain": torch.zeros(1)})) == []

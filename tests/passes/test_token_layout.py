@@ -34,7 +34,8 @@ class FFN(nn.Module):
 class Model(nn.Module):
     def __init__(self, layout: str) -> None:
         super().__init__()
-        self.norm, self.layout, self.ffn = nn.LayerNorm(8), layout, FFN(layout == "image")
+        self.norm, self.layout = nn.LayerNorm(8), layout
+        self.ffn: nn.Module = FFN(layout == "image")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout == "image":
@@ -83,15 +84,76 @@ def test_soft_moe_mixes_within_an_entry(layout: str, slots: int) -> None:
     torch.testing.assert_close(found.double(), soft_by_loops(sparse, tokens), rtol=1e-4, atol=1e-5)
 
 
+class Swish(nn.Module):
+    """Gated, with a number of its own for every neuron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 24), nn.Linear(8, 24, bias=False), nn.Linear(24, 8)
+        self.beta = nn.Parameter(torch.randn(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x)
+        return self.down(gate * torch.sigmoid(self.beta * gate) * self.up(x))
+
+
+def merged_by_loops(weights: dict[str, Tensor], shares: Tensor, x: Tensor, gated: bool) -> Tensor:
+    """`[T, D]` by experts merged with the shares `[T, E]` of each token, in fp64."""
+    rows: list[Tensor] = []
+    for token, share in zip(x.double(), shares.double(), strict=True):
+        merged = {name: sum((p * part for p, part in zip(share, bank, strict=True)), torch.zeros(()).double())
+                  for name, bank in weights.items() if name != "bias"}  # fmt: skip
+        if gated:
+            gate = merged["gate_proj"] @ token + merged["gate_proj_bias"]
+            hidden = gate * torch.sigmoid(merged["vector_0"] * gate) * (merged["up_proj"] @ token)
+        else:
+            hidden = torch.relu(merged["up_proj"] @ token + merged["up_proj_bias"])
+        rows.append(merged["down_proj"] @ hidden + weights["bias"])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("layout", ["sequence", "flat", "image", "gated"])
+@pytest.mark.parametrize("router", ["smear", "lory"])
+def test_experts_are_merged_for_a_segment(layout: str, router: str, tmp_path: Path) -> None:
+    """Protects: the graph of SMEAR and Lory: every weight is merged, once for a segment; in files too."""
+    model = Model("sequence" if layout == "gated" else layout)
+    model.ffn = Swish() if layout == "gated" else model.ffn
+    given: dict[str, Any] = {"router_options": {"segment_size": 4}} if router == "lory" else {}
+    x = example(layout)
+    sparse = sparsify(model.eval(), (x,), router=router, **but(**given))
+    torch.testing.assert_close(sparse(x), model(x), rtol=1e-5, atol=1e-5)
+    for name, parameter in sparse.named_parameters():
+        if ".experts." in name or ".router." in name:
+            parameter.data.add_(0.5 * torch.randn_like(parameter))
+    x = example(layout, 3, 5)
+    found = (sparse(x) - x).detach().movedim(1 if layout == "image" else -1, -1).reshape(-1, 8)
+    tokens = x.movedim(1, -1).flatten(1, 2) if layout == "image" else nn.functional.layer_norm(x, (8,))
+    weights = {n.rpartition(".")[2]: p.detach().double() for n, p in sparse.named_parameters() if ".experts." in n}
+    shares = sparse.routers["ffn"](tokens)[0].detach()
+    expected = merged_by_loops(weights, shares, tokens.flatten(0, 1), layout == "gated")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    sparse.save(tmp_path / "saved")
+    assert torch.equal(SparseModel.load(tmp_path / "saved")(x), sparse(x))
+    if layout in ("flat", "gated"):  # an export takes longer than all else
+        report = export_onnx(sparse, tmp_path / "model.onnx", routing_outputs=True)
+        assert report.parity is not None
+        assert len(report.parity.shapes) > 1
+    with pytest.raises(ValueError, match="are merged anew for every sequence"):
+        sparse.to_dense()
+    with pytest.raises(ValueError, match="all its experts are merged for every token"):
+        sparse.prune(2, sparse.routing_stats([x]))
+
+
 @pytest.mark.parametrize("layout", ["sequence", "flat", "image"])
-@pytest.mark.parametrize("router", ["expert-choice", "soft-moe"])
+@pytest.mark.parametrize("router", ["expert-choice", "soft-moe", "smear"])
 def test_entries_of_a_batch_do_not_meet(layout: str, router: str) -> None:
     """Protects: the group is one sequence or image, also where the model flattens them before its FFN."""
     sparse = sparsify(Model(layout).eval(), (example(layout),), router=router, **OPTIONS)
     x = example(layout, 3, 5)
     torch.testing.assert_close(sparse(x)[1:2], sparse(x[1:2]), rtol=1e-5, atol=1e-6)
     size = 12 if layout == "image" else 6
-    assert any(f"the {size} tokens of each entry of the batch compete" in note for note in sparse.report.notes)
+    action = "are the sequences for which experts are merged" if router == "smear" else "compete for experts"
+    assert any(f"the {size} tokens of each entry of the batch {action}" in note for note in sparse.report.notes)
 
 
 def test_plain_tokens_are_one_group() -> None:
@@ -102,7 +164,7 @@ def test_plain_tokens_are_one_group() -> None:
 
 
 @pytest.mark.parametrize("layout", ["sequence", "flat", "image"])
-@pytest.mark.parametrize("router", ["expert-choice", "soft-moe", "mixture-of-depths"])
+@pytest.mark.parametrize("router", ["expert-choice", "soft-moe", "mixture-of-depths", "smear"])
 def test_groups_survive_the_graft(layout: str, router: str) -> None:
     """Protects: experts in the modules of the original model compete within the same groups."""
     model, x = Model(layout).eval(), example(layout)
@@ -119,10 +181,12 @@ def test_groups_survive_the_graft(layout: str, router: str) -> None:
 
 def test_shared_keeps_the_whole_ffn_beside_the_slots() -> None:
     """Protects: `start="shared"` makes Soft MoE and expert choice start as the dense model."""
-    for router in ("soft-moe", "expert-choice"):
+    for router in ("soft-moe", "expert-choice", "smear"):
         model, x = Model("sequence").eval(), example("sequence")
         sparse = sparsify(model, (x,), **but(router=router, start="shared"))
         torch.testing.assert_close(sparse(x), model(x), rtol=1e-5, atol=1e-6)
+        if router == "smear":  # starts as the dense model either way
+            continue
         upcycled = sparsify(model, (x,), router=router, **OPTIONS)
         assert upcycled.report.ffns[0].error is not None
         assert upcycled.report.ffns[0].error > 0.01

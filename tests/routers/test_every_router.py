@@ -11,13 +11,14 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor
 
 from sparsify import SparseModel, export_onnx, sparsify
 from sparsify.models.gpt import GPT, GPTConfig
-from sparsify.routers import ROUTERS, Router, UnitRouter, make_router
+from sparsify.routers import ROUTERS, IdRouter, PolicyRouter, Router, UnitRouter, make_router
 
 D, VOCABULARY = 16, 32
 EXACT = 1e-5  # what promise 1 allows in fp32
@@ -43,7 +44,7 @@ def new_router(made: type[Router]) -> Router:
 def tokens(made: type[Router], count: int) -> tuple[Tensor, ...]:
     """What `forward` takes: tokens, as one group where the router reads groups, and ids where it reads any."""
     x = torch.randn(1, count, D) if made.reads_groups else torch.randn(count, D)
-    return (x, torch.arange(count) % 2) if made.reads_ids else (x,)
+    return (x, torch.arange(count) % 2) if issubclass(made, IdRouter) else (x,)
 
 
 def changed_at(given: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
@@ -58,7 +59,7 @@ def changed_at(given: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
 def test_contract(made: type[Router], count: int) -> None:
     """Protects: shapes, dtypes and ranges that every reader of a route relies on; no expert twice for a head."""
     router, given = new_router(made), tokens(made, count)
-    weights, experts = router(*given)
+    weights, experts = router(*given)[:2]
     assert weights.shape == experts.shape == (count, router.num_slots)
     assert (weights.dtype, experts.dtype) == (torch.float32, torch.int64)
     assert weights.isfinite().all()
@@ -84,7 +85,7 @@ def test_routes_in_fp32(made: type[Router]) -> None:
     """Protects: the routes of bf16 tokens are those of the same numbers in fp32."""
     router, (x, *ids) = new_router(made), tokens(made, 64)
     x = x.bfloat16()
-    weights, experts = router(x, *ids)
+    weights, experts = router(x, *ids)[:2]
     assert weights.dtype == torch.bfloat16
     assert torch.equal(experts, router(x.float(), *ids)[1])
 
@@ -97,7 +98,7 @@ def test_weights_keep_the_rule_that_is_declared(made: type[Router], weights: Any
         pytest.skip("the parts of a split are never averaged")
     router, given = new_router(made), tokens(made, 16)
     router.weights = weights
-    routing_weights, experts = router(*given)
+    routing_weights, experts = router(*given)[:2]
     used = experts >= 0
     if router.rule == "one":
         assert torch.equal(routing_weights[used], torch.ones(int(used.sum())))
@@ -113,10 +114,10 @@ def test_causal_as_declared(made: type[Router]) -> None:
     if not router.causal:
         pytest.skip("declared non-causal: a causal model refuses it")
     given = tokens(made, 16)
-    before = router(*given)
+    before = router(*given)[:2]
     for seed in range(8):
         torch.manual_seed(seed)
-        after = router(*changed_at(given, -1))
+        after = router(*changed_at(given, -1))[:2]
         assert all(torch.equal(a[:-1], b[:-1]) for a, b in zip(before, after, strict=True))
 
 
@@ -127,7 +128,7 @@ def test_batch_invariant_as_declared(made: type[Router]) -> None:
     if not router.batch_invariant:
         pytest.skip("declared to depend on the other tokens")
     x, *ids = tokens(made, 9)
-    weights, experts = router(x, *ids)
+    weights, experts = router(x, *ids)[:2]
     for i in range(9):
         alone = router(x[..., i : i + 1, :], *(part[i : i + 1] for part in ids))
         assert torch.equal(experts[i], alone[1][0])
@@ -141,6 +142,27 @@ def test_compiles_in_one_graph(made: type[Router]) -> None:
     router, given = new_router(made), tokens(made, 6)
     compiled = torch.compile(router, backend="eager", fullgraph=True)
     assert all(torch.equal(a, b) for a, b in zip(compiled(*given), router(*given), strict=True))
+
+
+@every_router
+def test_gradients_of_the_losses(made: type[Router]) -> None:
+    """Protects: what `aux_loss` passes on to the router is its derivative, by finite differences in fp64."""
+    torch.manual_seed(0)
+    router, (x, *ids) = new_router(made).double().train(), tokens(made, 9)
+    own = {name: parameter for name, parameter in router.named_parameters() if parameter.requires_grad}
+
+    def aux_loss(*values: Tensor) -> Tensor:
+        torch.manual_seed(0)  # the noise of every call is the same
+        called = copy.deepcopy(router)
+        torch.func.functional_call(called, dict(zip(own, values, strict=True)), (x.double(), *ids))
+        if isinstance(called, PolicyRouter):
+            called.give_reward(torch.arange(9.0).double())
+        return called.aux_loss()
+
+    values = [parameter.detach().clone().requires_grad_() for parameter in own.values()]
+    if not aux_loss(*values).requires_grad:
+        pytest.skip("no loss that a gradient comes from")
+    assert torch.autograd.gradcheck(aux_loss, values, eps=1e-7, atol=1e-5, rtol=1e-3)
 
 
 class Pipeline:
@@ -223,11 +245,29 @@ def test_an_option_makes_the_start_exact(made: type[Router], pipeline: Pipeline)
 
 
 @every_router
+def test_earlier_outputs_stay(made: type[Router], pipeline: Pipeline) -> None:
+    """Protects: claim 21 of the whole model: another last token leaves the outputs of earlier ones as they were."""
+    sparse, labels, other = pipeline.convert(made).eval(), pipeline.labels(made, 2), IDS.clone()
+    (router,) = sparse.routers.values()
+    if not router.causal:
+        pytest.skip("declared non-causal: a causal model refuses it")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in [*router.parameters(), *sparse.get_submodule("h.0.mlp.experts").parameters()]:
+        parameter.data += torch.randn(parameter.shape, generator=generator)  # experts and routes that differ
+    other[:, -1] = (other[:, -1] + 1) % VOCABULARY
+    before, after = sparse(IDS, **labels), sparse(other, **labels)
+    assert relative(after[:, :-1], before[:, :-1]) <= 1e-6
+    assert relative(after[:, -1], before[:, -1]) > 1e-3
+
+
+@every_router
 def test_exports(made: type[Router], pipeline: Pipeline, tmp_path: Path) -> None:
-    """Protects: promise 4: the inference form runs in onnxruntime with the same experts and outputs."""
-    report = export_onnx(pipeline.convert(made).eval(), tmp_path / "model.onnx")
+    """Protects: promise 4: the inference form runs in onnxruntime with the same experts, weights and outputs."""
+    report = export_onnx(pipeline.convert(made).eval(), tmp_path / "model.onnx", routing_outputs=True)
     assert report.parity is not None
     assert report.parity.max_relative_error <= 1e-4
+    names = [output.name for output in onnx.load(tmp_path / "model.onnx").graph.output]
+    assert names[1:] == ["h.0.mlp.expert_ids", "h.0.mlp.routing_weights"]
 
 
 @every_router

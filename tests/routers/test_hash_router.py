@@ -57,5 +57,7 @@ def test_refusals() -> None:
         router(x, torch.tensor([0, 9]))
     with pytest.raises(ValueError, match="got -100"):
         router(x, torch.tensor([0, -100]))
+    with pytest.raises(ValueError, match="give num_ids in router_options, at least 10 for these"):
+        HashRouter(4, 3, 1)(x, torch.tensor([0, 9]))
     with pytest.raises(ValueError, match="give top_k=1"):
         HashRouter(4, 3, 2)

@@ -158,6 +158,24 @@ def test_entropy_gradients() -> None:
     assert sure.grad.isfinite().all()
 
 
+def test_losses_of_speech() -> None:
+    """Protects: sparsity from 1 (sure) to sqrt(E), importance from 1 (equal) to E, and loops in between."""
+    one_hot, uniform = torch.eye(8), torch.full((8, 8), 1 / 8)
+    assert losses.sparsity_loss(one_hot).item() == 1
+    assert losses.sparsity_loss(uniform).item() == pytest.approx(math.sqrt(8))
+    assert losses.mean_importance_loss(one_hot).item() == pytest.approx(1)
+    assert losses.mean_importance_loss(one_hot[[3] * 5]).item() == 8
+    p = example(7, 5, 1)[0].softmax(-1)
+    rows = p.tolist()
+    sparsity = sum(sum(row) / math.sqrt(sum(v * v for v in row)) for row in rows) / 7
+    importance = 5 * sum((sum(column) / 7) ** 2 for column in zip(*rows, strict=True))
+    assert losses.sparsity_loss(p).item() == pytest.approx(sparsity, rel=1e-9)
+    assert losses.mean_importance_loss(p).item() == pytest.approx(importance, rel=1e-9)
+    logits = example(5, 4, 1)[0].requires_grad_()
+    for loss in (losses.sparsity_loss, losses.mean_importance_loss):
+        assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x.softmax(-1)), logits)
+
+
 def test_consistency() -> None:
     """Protects: 0 for equal outputs, symmetric, and the mean over tokens of the symmetric KL."""
     p, q = example(7, 5, 1)[0], example(13, 5, 1)[0][:7]
@@ -180,8 +198,12 @@ def test_no_tokens_cost_nothing() -> None:
         losses.local_entropy_loss(empty),
         losses.global_entropy_loss(empty, 1.0),
         losses.consistency_loss(empty, empty),
+        losses.local_entropy_loss(empty, empty[:, :3]),
+        losses.global_entropy_loss(empty, 1.0, empty[:, :3]),
+        losses.sparsity_loss(empty),
+        losses.mean_importance_loss(empty),
     ]
-    assert [loss.item() for loss in found] == [0] * 7
+    assert [loss.item() for loss in found] == [0] * 11
 
 
 def test_count_tokens() -> None:

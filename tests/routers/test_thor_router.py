@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsify.routers.hash_router import HashRouter
 from sparsify.routers.losses import consistency_loss
-from sparsify.routers.thor_router import ThorRouter
+from sparsify.routers.thor_router import ThorHashRouter, ThorRouter
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 13])
@@ -33,6 +34,23 @@ def test_inference_draws_nothing() -> None:
     weights, ids = ThorRouter(4, 3, 1, average=True).eval()(x)
     torch.testing.assert_close(weights, torch.full((5, 3), 1 / 3))
     assert ids.tolist() == [[0, 1, 2]] * 5
+
+
+def test_hashed_inference() -> None:
+    """Protects: training draws one expert for the batch whatever the ids, inference has that of the id's table."""
+    router, x, ids = ThorHashRouter(4, 3, 1, num_ids=11), torch.randn(5, 4), torch.tensor([7, 0, 10, 7, 3])
+    drawn: set[int] = set()
+    for _ in range(40):
+        weights, experts = router(x, ids)
+        assert weights.eq(1).all()
+        assert len(experts.unique()) == 1
+        drawn |= set(experts.flatten().tolist())
+    assert drawn == {0, 1, 2}
+    router.eval()
+    assert router(x, ids)[1].flatten().tolist() == [int(router.table[i]) for i in ids]
+    assert torch.equal(router.table, HashRouter(4, 3, 1, num_ids=11).table)
+    with pytest.raises(ValueError, match="knows the ids 0 to 10, got 11"):
+        router(x, ids + 1)
 
 
 def test_copies_agree_at_the_start() -> None:

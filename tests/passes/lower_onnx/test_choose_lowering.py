@@ -54,6 +54,21 @@ def test_takes_the_fastest_exact_lowering(change: dict, target: Target, tokens: 
     assert reason
 
 
+@pytest.mark.parametrize("expert_size", [8, 192])
+@pytest.mark.parametrize("tokens", [1, 16, 512])
+def test_what_is_allowed_is_taken_where_it_is_faster(expert_size: int, tokens: int) -> None:
+    """Protects: with leave to be dense, a layer is predicted to take no longer than the dense one; large ones route."""
+    facts = replace(FACTS, expert_size=expert_size, activation="gelu", router_weights=50_000)
+    assert "dense" not in refusals(facts, "ort-cpu", NOW)
+    refused = refusals(facts, "ort-cpu", NOW, ("dense", "tanh_gelu"))
+    chosen, reason, times = choose_lowering(refused, facts, "ort-cpu", (tokens,))
+    best = {time.lowering: time.score for time in times}
+    assert set(best) == {"expert_chain", "sorted_split", "dense_masked", "moe_op", "dense"}
+    assert best[chosen] == min(best.values())
+    assert chosen == "expert_chain" if (expert_size, tokens) == (192, 512) else chosen in best
+    assert (chosen == "dense") == reason.startswith("as you allow")
+
+
 def test_measured_times_beat_predicted_ones() -> None:
     """Protects: `measure=True` keeps the winner of the measurement, and both times are in the report."""
     times: dict[Lowering, float] = {"expert_chain": 3.0, "sorted_split": 1.0, "dense_masked": 2.0}
@@ -123,8 +138,11 @@ def test_unknown_options_are_named() -> None:
     """The message holds what was given and what is allowed."""
     with pytest.raises(ValueError, match="target must be one of ort-cpu, ort-cuda, portable, got 'tpu'"):
         check_options("tpu", "auto", DEFAULT_TOKENS)
-    with pytest.raises(ValueError, match=r"lowering must be one of auto, expert_chain, .*, moe_op, got 'loop'"):
+    with pytest.raises(ValueError, match=r"lowering must be one of auto, expert_chain, .*, dense, got 'loop'"):
         check_options("portable", "loop", DEFAULT_TOKENS)
+    for allow in ("dense", ["gelu"]):
+        with pytest.raises(ValueError, match=r"allow must hold some of dense, tanh_gelu, such as \["):
+            check_options("portable", "auto", DEFAULT_TOKENS, allow)
 
 
 @pytest.mark.parametrize("tokens", [(), (0,), (True,), (16, -1)])
