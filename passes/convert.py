@@ -129,7 +129,7 @@ def convert(
         if len(match.sites) > 1:
             sample = _pooled(dense_module, batches, match, dense, config.max_calibration_tokens, ids)
         else:
-            sample = _sample(reference, stream, graph_module, match, dense, id_nodes)
+            sample = _sample(reference, stream, graph_module, match, id_nodes)
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         tokens = 0 if calibration is None else len(sample.x)
         fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
@@ -258,7 +258,6 @@ def _sample(
     stream: CalibrationStream,
     graph_module: GraphModule,
     match: FFNMatch,
-    dense: DenseFFN,
     id_nodes: Sequence[str],
 ) -> Sample:
     """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one.
@@ -267,19 +266,19 @@ def _sample(
     """
     (site,) = match.sites
     down = next(node for node in graph_module.graph.nodes if node.name == site.down)
-    terms = residual_terms(down)
-    places = [(site.x, site.x_axis), *((term.name, site.down_axis) for term in terms)]
+    residual_places = [(term.name, site.down_axis) for term in residual_terms(down)]
+    places = [(site.x, site.x_axis), *residual_places]
+    dense_places = [(site.down, site.down_axis), *residual_places]
     found: list[list[Tensor]] = []
     batches = zip(
-        stream.batches_at(places, match.name, id_nodes), reference.batches_at(places, match.name), strict=True
+        stream.batches_at(places, match.name, id_nodes), reference.batches_at(dense_places, match.name), strict=True
     )
-    for (x, *others), (dense_x, *dense_residuals) in batches:
+    for (x, *others), (target, *dense_residuals) in batches:
         if not len(x):
             continue
-        residuals, ids = others[: len(terms)], others[len(terms) :]
-        target = torch.cat([dense(part) for part in chunks(dense_x)])
+        residuals, ids = others[: len(residual_places)], others[len(residual_places) :]
         for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
-            target += dense_residual - residual
+            target = target + (dense_residual - residual)  # not in place: without a mask it is a view of the stream
         found.append([x, target, _variance(target, residuals), *ids])
         trim_heap()
     x, target, variance, *ids = [torch.cat([parts.pop(0) for parts in found]) for _ in range(len(found[0]))]

@@ -115,11 +115,11 @@ class SparsifyConfig:
             convert it all the same. With `budget`, each number of parts is judged so. The report holds prediction and
             measurement. Empty measures nothing, so that the same model gives the same result on every machine.
         router_hidden_size: width of the router's hidden layer.
-        refit: fit the experts to the routing (needs calibration): down_proj in closed form, then `distill_steps`.
+        refit: fit the experts to the routing (needs calibration): `distill_steps`, then down_proj in closed form.
             Without it `set_top_k(num_experts)` gives the dense model back.
         distill_steps: steps in which experts and router of an FFN are trained together towards the hidden state of the
             dense model, on the calibration tokens; fewer where those are few, and none where held-out tokens say that
-            it does not help. 0 stops after the closed form.
+            it does not help. 0 leaves the closed form alone.
         ridge: strength of the pull to the old weights in the refit, relative to the mean square of a neuron.
         max_calibration_tokens: no more calibration batches are read once this many tokens were seen.
         seed: of the clustering and the training of the routers.
@@ -144,7 +144,7 @@ class SparsifyConfig:
     router_hidden_size: int = 64
     refit: bool = True
     distill_steps: int = 300
-    ridge: float = 1e-3
+    ridge: float = 0.1
     max_calibration_tokens: int = 65_536
     seed: int = 0
 

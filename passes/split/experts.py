@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from sparsify import ops
 from sparsify.expert_units import ExpertUnits
@@ -99,6 +100,13 @@ class Experts:
             linears = (*self.shared.projections, self.shared.down)
             own += [t for linear in linears for t in (linear.weight, linear.bias)] + list(self.shared.vectors)
         return sum(tensor.numel() for tensor in own if tensor is not None)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The activated neurons of all routed experts, whether chosen or not: `[T, D]` to `[T, U, m]`."""
+        biases = zip(self.projections, self.projection_biases, strict=True)
+        projected = [functional.linear(x, w.flatten(0, 1), None if b is None else b.flatten()) for w, b in biases]
+        vectors = [v.flatten() if v.dim() == 2 else v for v in self.vectors]
+        return self.activation(*projected, *vectors).unflatten(1, (self.down.shape[0], self.down.shape[2]))
 
     def __call__(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """Run the selected experts through the ops that the graph will hold: `[T, D]`, `[T, K]` -> `[T, D_out]`.

@@ -20,6 +20,8 @@ from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.statistics import chunks
 
+_BLOCK = 256  # rows of the Gram matrix at a time
+
 
 def refit(
     experts: Experts, mean: Tensor, x: Tensor, target: Tensor, weight: Tensor, expert_ids: Tensor, ridge: float
@@ -58,10 +60,7 @@ def _features(experts: Experts, mean: Tensor, x: Tensor, expert_ids: Tensor) -> 
 
 def _all_hidden(experts: Experts, x: Tensor) -> Tensor:
     """`[T, F]`, in the order of the experts, shared ones first."""
-    flat = [weight.flatten(0, 1) for weight in experts.projections]
-    biases = [None if bias is None else bias.flatten() for bias in experts.projection_biases]
-    projected = [torch.nn.functional.linear(x, w, b) for w, b in zip(flat, biases, strict=True)]
-    hidden = experts.activation(*projected, *(v.flatten() if v.dim() == 2 else v for v in experts.vectors))
+    hidden = experts.hidden(x).flatten(1)
     return hidden if experts.shared is None else torch.cat([experts.shared.hidden(x), hidden], dim=1)
 
 
@@ -85,7 +84,9 @@ class _Moments:
         """`[T, inputs]`, `[T, outputs]`, `[T]`. Products of a chunk in their own dtype, sums of chunks in fp64."""
         weighted = inputs * weight.unsqueeze(1)
         self.total += float(weight.sum())
-        self.gram += weighted.t() @ inputs
+        for start in range(0, len(self.gram), _BLOCK):  # it is symmetric: what lies left of its diagonal is not needed
+            rows = slice(start, start + _BLOCK)
+            self.gram[rows, start:] += weighted[:, rows].t() @ inputs[:, start:]
         self.cross += weighted.t() @ outputs
         self.sum_inputs += weighted.sum(0)
         self.sum_outputs += weight @ outputs
@@ -93,7 +94,9 @@ class _Moments:
     def solve(self, old: Tensor, ridge: float, num_neurons: int) -> tuple[Tensor, Tensor]:
         """Weights `[inputs, outputs]` and intercept `[outputs]`; `old` is what the weights are pulled to."""
         mean_inputs, mean_outputs = self.sum_inputs / self.total, self.sum_outputs / self.total
-        gram = self.gram - self.total * torch.outer(mean_inputs, mean_inputs)
+        gram = self.gram.triu()
+        gram += gram.triu(1).t()
+        gram.addr_(mean_inputs, mean_inputs, alpha=-self.total)
         cross = self.cross - self.total * torch.outer(mean_inputs, mean_outputs)
         pull = ridge * self.gram.diagonal()[:num_neurons].mean().clamp(min=1e-12)
         gram.diagonal().add_(pull)

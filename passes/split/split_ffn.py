@@ -1,6 +1,6 @@
 """One dense FFN and a sample of its inputs -> routed experts: the methods of this folder in their order.
 
-statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit -> distil
+statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> distil -> refit
 T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, U units of m neurons (one an expert, if all are of
 one width).
 """
@@ -83,7 +83,8 @@ def split_ffn(
         dense: the FFN.
         original: the same before its vectors were folded; the receipt is taken against it.
         fit: tokens to fit to, T > 0, dtype of `dense`.
-        measured: tokens for the reported errors; training that does not lower the error on them is dropped.
+        measured: tokens for the reported errors; training that does not lower the error on them is dropped, also where
+            the refit alone lowers it more, which is tried where tokens are few.
         config: `num_experts` must not exceed F.
         may_refit: `fit` are real tokens, so the refit can be trusted.
 
@@ -107,29 +108,56 @@ def split_ffn(
         receipt=receipt(original, experts, torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])),
         error=error,
         error_before_refit=None,
-        tokens_per_expert=tokens_per_expert(experts, router, fit),
+        tokens_per_expert=(),
         routed_tokens=len(fit.x),
     )
     trim_heap()
-    if not may_fit or router.rule != "one":
-        return result
-    expert_ids = torch.cat([router(*part)[1] for part in few.parts()])
-    mean = torch.cat([statistics.mean[shared.clamp(min=0)], mean.flatten()])
-    experts = refit(experts, mean, few.x, few.target, few.weight, expert_ids, config.ridge)
-    trim_heap()
-    fitted = replace(
-        result, experts=experts, error=relative_error(experts, router, measured), error_before_refit=error
-    )
-    if not trains or not isinstance(router, UnitRouter):
-        return fitted
+    if may_fit and router.rule == "one":
+        mean = torch.cat([statistics.mean[shared.clamp(min=0)], mean.flatten()])
+        result = _fit(result, router, mean, fit, few, measured, config, trains=trains)
+    router = result.router or router
+    return replace(result, tokens_per_expert=tokens_per_expert(result.experts, router, fit))
+
+
+def _fit(
+    folded: SplitResult,
+    router: Router,
+    mean: Tensor,
+    fit: Sample,
+    few: Sample,
+    measured: Sample,
+    config: SparsifyConfig,
+    *,
+    trains: bool,
+) -> SplitResult:
+    """Trained experts, or refitted ones where tokens are few, which can be learned by heart, or training fails."""
+    trained = _train(folded, router, mean, fit, measured, config) if trains and isinstance(router, UnitRouter) else None
+    if trained is not None and len(fit.x) > len(few.x) and trained.error < folded.error:
+        return trained
+    closed = _refit(folded, router, mean, few, measured, config)
+    return closed if trained is None or trained.error >= closed.error else trained
+
+
+def _train(
+    folded: SplitResult, router: UnitRouter, mean: Tensor, fit: Sample, measured: Sample, config: SparsifyConfig
+) -> SplitResult:
+    """Train, then refit on all tokens; a refit before the training would change nothing in the end."""
     experts, router = distill_block(
-        experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
+        folded.experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
     )
-    trained_error = relative_error(experts, router, measured)
-    if trained_error >= fitted.error:  # few tokens can be learned by heart
-        return fitted
-    loads = tokens_per_expert(experts, router, fit)
-    return replace(fitted, experts=experts, router=router, error=trained_error, tokens_per_expert=loads)
+    return _refit(replace(folded, experts=experts, router=router), router, mean, fit, measured, config)
+
+
+def _refit(
+    result: SplitResult, router: Router, mean: Tensor, sample: Sample, measured: Sample, config: SparsifyConfig
+) -> SplitResult:
+    """`mean` is that of the neurons before any training, shared ones first: it only centres."""
+    expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
+    tokens = (sample.x, sample.target, sample.weight)
+    experts = refit(result.experts, mean, *tokens, expert_ids, config.ridge)
+    trim_heap()
+    error = relative_error(experts, router, measured)
+    return replace(result, experts=experts, error=error, error_before_refit=result.error)
 
 
 def _prune(

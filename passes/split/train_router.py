@@ -21,7 +21,20 @@ _LEARNING_RATE = 1e-2
 
 def expert_norms(experts: Experts, x: Tensor) -> Tensor:
     """`[T, R]`: the norm of `E_e(x) + expert_bias_e`, the deviation from what stands in when e is skipped."""
-    return torch.cat([_norms(experts, part) for part in chunks(x)])
+    norms = _norms if experts.sizes else _norms_of_units
+    return torch.cat([norms(experts, part) for part in chunks(x)])
+
+
+def _norms_of_units(experts: Experts, x: Tensor) -> Tensor:
+    """By the m x m products of an expert's columns, which is less work than its outputs where m is below D_out."""
+    hidden = experts.hidden(x).transpose(0, 1)  # [U, T, m]
+    columns = experts.down.transpose(1, 2) @ experts.down  # [U, m, m]
+    squares = (hidden @ columns * hidden).sum(2)  # [U, T]
+    bias = experts.expert_bias
+    if bias is not None:
+        squares += (hidden @ (bias.unsqueeze(1) @ experts.down * 2).transpose(1, 2)).squeeze(2)
+        squares += bias.square().sum(1, keepdim=True)
+    return squares.t().clamp(min=0).sqrt()
 
 
 def _norms(experts: Experts, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def test_the_target_leads_back_to_the_dense_model(model: nn.Module) -> None:
     reference, stream = CalibrationStream(dense_module, [as_call(IDS)]), CalibrationStream(graph_module, [as_call(IDS)])
     down = next(node for node in graph_module.graph.nodes if node.name == second.sites[0].down)
     (residual,) = module.residual_terms(down)
-    sample = module._sample(reference, stream, graph_module, second, read_ffn(graph_module, second), ())
+    sample = module._sample(reference, stream, graph_module, second, ())
     streams = CalibrationStream(dense_module, [as_call(IDS)]), CalibrationStream(graph_module, [as_call(IDS)])
     with torch.no_grad():
         (dense_x, dense_r), (x, r) = (s.tokens_at([(second.sites[0].x, -1), (residual.name, -1)], "") for s in streams)

@@ -55,3 +55,11 @@ def test_counts_its_parameters(dense: DenseFFN) -> None:
     linears = (*dense.projections, dense.down)
     expected = sum(t.numel() for linear in linears for t in (linear.weight, linear.bias) if t is not None)
     assert experts.num_parameters == expected + sum(vector.numel() for vector in dense.vectors)
+
+
+@pytest.mark.parametrize("num_shared", [0, 1, 4])
+def test_hidden_has_the_neurons_of_all_routed_experts(dense: DenseFFN, num_shared: int) -> None:
+    """Protects: the order of experts and neurons, and splits without routed experts."""
+    neurons, x = torch.randperm(24).view(4, 6), torch.randn(5, 7)
+    hidden = divide(dense, neurons, num_shared).hidden(x)
+    torch.testing.assert_close(hidden, dense.hidden(x)[:, neurons[num_shared:]])

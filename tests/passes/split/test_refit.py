@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
+from sparsify.passes.split import refit as module
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide_unevenly
 from sparsify.passes.split.fold_mean import fold_mean
@@ -68,3 +70,12 @@ def test_a_token_counts_by_its_weight(dense: DenseFFN) -> None:
     fitted = refit(experts, mean, x, wild, torch.arange(400.0) % 2, ids, ridge=1e-6)
     few = refit(experts, mean, x[1::2], wild[1::2], ONES[1::2], ids[1::2], ridge=1e-6)
     torch.testing.assert_close(fitted(x, ids), few(x, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_change_nothing(dense: DenseFFN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: the half of the Gram matrix that is not computed, where it has more rows than a block."""
+    experts, mean, x, ids = setup(dense, 1)
+    whole = refit(experts, mean, x, dense(x), ONES, ids, ridge=1e-3)
+    monkeypatch.setattr(module, "_BLOCK", 5)
+    parts = refit(experts, mean, x, dense(x), ONES, ids, ridge=1e-3)
+    torch.testing.assert_close(parts.down, whole.down, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sparsify import SparsifyConfig
 from sparsify.passes.split import split_ffn as module
 from sparsify.passes.split.dense_ffn import DenseFFN, Linear
 from sparsify.passes.split.experts import Experts
+from sparsify.passes.split.refit import refit
 from sparsify.passes.split.split_ffn import Sample, hold_out, split_ffn
 from sparsify.routers import Router
 
@@ -59,6 +61,26 @@ def test_training_that_does_not_help_is_dropped(dense: DenseFFN, monkeypatch: py
     result = split_ffn(dense, dense, fit, measured, config, may_refit=True)
     assert result.error == closed.error
     assert torch.equal(result.experts.down, closed.experts.down)
+
+
+def test_where_tokens_are_many_only_the_trained_experts_are_refitted(
+    dense: DenseFFN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: the time of a conversion, and that the last refit sees all tokens."""
+    monkeypatch.setattr(module, "_CLOSED_FORM_TOKENS", 1000)
+    fit, measured = hold_out(sample(dense, 3000))
+    seen: list[int] = []
+
+    def counted(experts: Experts, mean: Tensor, x: Tensor, *rest: Any) -> Experts:
+        seen.append(len(x))
+        return refit(experts, mean, x, *rest)
+
+    monkeypatch.setattr(module, "refit", counted)
+    config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16, distill_steps=60)
+    result = split_ffn(dense, dense, fit, measured, config, may_refit=True)
+    assert seen == [len(fit.x)]
+    assert result.error_before_refit is not None
+    assert result.error < 0.9 * result.error_before_refit
 
 
 def test_nothing_is_refitted_where_nothing_is_skipped(dense: DenseFFN) -> None:
