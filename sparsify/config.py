@@ -280,6 +280,11 @@ class SparsifyConfig:
             )
 
     def _check_router(self, router: Router) -> None:
+        if router.merges and len(set((self.expert_widths or ())[self.shared :])) > 1:
+            raise ValueError(
+                f"router={self.router_name!r} adds up the weights of experts, so they need one width, not "
+                f"expert_widths={list(self.expert_widths or ())}; choose another router, or give num_experts"
+            )
         if router.merges and self.start == "split":
             raise ValueError(
                 f"router={self.router_name!r} averages the weights of its experts, which only copies of the whole FFN "

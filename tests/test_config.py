@@ -45,6 +45,7 @@ from sparsify import SparsifyConfig
         ({"expert_widths": [64, 64], "num_experts": 3, "top_k": 1}, "are 2 experts, but num_experts=3; leave"),
         ({"expert_widths": [64, 64]}, r"top_k must be between 1 and num_experts \(2\), got 4"),
         ({"expert_widths": [64, 64], "top_k": 1, "start": "upcycle"}, "start='upcycle' copies all of them"),
+        ({"expert_widths": [64, 32], "top_k": 1, "router": "smear"}, "'smear' adds up the weights of experts"),
         ({"expert_widths": [64, 64], "top_k": 1, "budget": 0.5}, "budget= chooses among equal parts"),
         ({"overrides": "*:top_k=2"}, r"overrides must map glob patterns .* got '\*:top_k=2'"),
     ],
