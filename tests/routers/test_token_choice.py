@@ -29,7 +29,7 @@ def make(name: str, num_experts: int = 8, top_k: int | None = None, **options: A
 @pytest.mark.parametrize(("num_experts", "top_k"), SIZES)
 def test_awkward_shapes(name: str, num_tokens: int, num_experts: int, top_k: int) -> None:
     """Protects: no token, one, primes, K = 1 and K = E: shapes, distinct experts, finite losses and gradients."""
-    only = {"switch": 1, "limoe": 1, "gshard": 2, "st-moe": 2}.get(name, top_k)
+    only = {"switch": 1, "limoe": 1, "speech-moe": 1, "gshard": 2, "st-moe": 2}.get(name, top_k)
     if top_k != only or (name == "m6-t" and num_experts % top_k):
         pytest.skip("refused, see test_refusals")
     router = make(name, num_experts, top_k)
