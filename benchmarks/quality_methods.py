@@ -77,7 +77,7 @@ class Method:
 
 def _result(dense: DenseFFN, original: DenseFFN, fit: Sample, experts: Experts, router: Router) -> SplitResult:
     whole = receipt(original, experts, fit.x[:256])
-    return SplitResult(experts, router, whole, 0.0, None, tokens_per_expert(experts, router, fit))
+    return SplitResult(experts, router, whole, 0.0, None, tokens_per_expert(experts, router, fit), len(fit.x))
 
 
 def random_split(

@@ -137,7 +137,7 @@ def convert(
         insertion = InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad, id_nodes)
         insertion.requires(graph_module)
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
-        results[match.name] = replace(_summary(result, options, len(measured.x)), group=group)
+        results[match.name] = replace(_summary(result, options), group=group)
         del original, dense, fit, measured, result
         trim_heap()
         outdated += [(last_down, parameter) for parameter in before] if consume else []
@@ -176,10 +176,10 @@ def _check_group(router: Router | None, group: int | None, name: str) -> None:
         raise SelectionError(f"{name}: {error}") from error
 
 
-def _summary(result: SplitResult, options: SparsifyConfig, tokens: int) -> ConvertedLayer:
+def _summary(result: SplitResult, options: SparsifyConfig) -> ConvertedLayer:
     router = [] if result.router is None else list(result.router.parameters())
     return ConvertedLayer(
-        neurons_per_token=_neurons_per_token(result, tokens),
+        neurons_per_token=_neurons_per_token(result),
         gap=result.router is not None and options.start != "shared" and not starts_exact(result.router),
         num_parameters=result.experts.num_parameters + sum(parameter.numel() for parameter in router),
         router_flops=2 * sum(parameter.numel() for parameter in router if parameter.dim() == 2),
@@ -190,15 +190,17 @@ def _summary(result: SplitResult, options: SparsifyConfig, tokens: int) -> Conve
     )
 
 
-def _neurons_per_token(result: SplitResult, tokens: int) -> int:
-    """Of the shared experts and of the routed ones; the mean over `tokens` where their number varies."""
+def _neurons_per_token(result: SplitResult) -> int:
+    """Of the shared experts and of the routed ones; the mean over the tokens whose loads are known where it varies."""
     experts, router = result.experts, result.router
     always = 0 if experts.shared is None else experts.shared.down.weight.shape[1]
     if router is None:
         return always
-    varies = router.num_slots != router.top_k and tokens > 0
-    active = sum(result.tokens_per_expert) / tokens if varies else router.top_k
-    return round(active * experts.down.shape[2]) + always
+    varies = router.num_slots != router.top_k or experts.sizes is not None
+    if not varies or not result.routed_tokens:
+        return round(router.top_k * sum(experts.widths) / experts.num_routed) + always
+    loads = zip(result.tokens_per_expert, experts.widths, strict=True)
+    return round(sum(load * width for load, width in loads) / result.routed_tokens) + always
 
 
 def _free(

@@ -48,7 +48,6 @@ from sparsify.passes.lower_onnx.quantize_experts import quantize_experts as quan
 from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
-from sparsify.passes.lower_onnx.values import input_of
 from sparsify.passes.verify_onnx import (
     OnnxParity,
     QuantizationError,
@@ -286,7 +285,7 @@ def _sparse_onnx(sparse: SparseModel, options: _Choice, names: _Names) -> tuple[
     emit_placeholders(flat.graph, layers)
     model = trace_onnx(flat, options.opset)
     regions = find_regions(model.graph)
-    expert_ids = [input_of(region.dispatch, 1) for region in regions]
+    expert_ids = [region.expert_ids for region in regions]
     exports = _choose_all(layers, regions, options)
     for region, export in zip(regions, exports, strict=True):
         mark_router(region)

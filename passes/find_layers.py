@@ -1,6 +1,7 @@
 """The MoE layers of a captured graph, read off its `sparsify` ops, and what is known about each.
 
-E num_experts, K top_k, D hidden_size, N output features, M neurons of one expert.
+E num_experts, K top_k, D hidden_size, N output features, M neurons of one expert. Where experts differ in width, E are
+their units and K the slots for units (`sparsify.expert_units`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 import sparsify.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # puts torch.ops.sparsify into the dispatcher
 from sparsify.errors import ExportError
+from sparsify.expert_units import ExpertUnits
 from sparsify.passes.activation import ActivationName, extract_activation, name_activation
 from sparsify.routers import Router, UnitRouter
 
@@ -39,8 +41,9 @@ class LayerFacts:
         activation: its name, e.g. "relu", "gelu_tanh"; "custom" when it is none of the known ones; in a gated FFN the
             function that the gate passes through.
         gated: the activation multiplies two projections.
-        plain_router: the router takes the K largest logits, each with weight one, so no expert id is -1.
+        plain_router: the router takes the largest logits, each with weight one, so none of its expert ids is -1.
         irregular: why the activation is no function of the projections alone, None if it is.
+        units: of each expert, where they differ in width; else None.
     """
 
     num_experts: int
@@ -53,6 +56,22 @@ class LayerFacts:
     gated: bool
     plain_router: bool
     irregular: str | None
+    units: tuple[int, ...] | None = None
+
+    @property
+    def routed_k(self) -> int:
+        """Experts that the router chooses for a token: K, unless they differ in width."""
+        return self.top_k // max(self.units or (1,))
+
+    @property
+    def plain_slots(self) -> bool:
+        """All K slots of a token are used, each with weight one."""
+        return self.plain_router and self.units is None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each expert that the router can choose."""
+        return tuple(size * self.expert_size for size in self.units or (1,) * self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,8 @@ class Layer:
     """One converted FFN: its nodes in the graph, and the facts.
 
     `projections` are the `expert_linear` nodes that read the dispatched rows, the gate first in a gated FFN.
+    `expert_ids` and `routing_weights` are what the router chose, which is not what `dispatch` and `combine` read where
+    experts are several units.
     """
 
     name: str
@@ -68,6 +89,8 @@ class Layer:
     projections: tuple[Node, ...]
     down: Node
     combine: Node
+    expert_ids: Node
+    routing_weights: Node
 
 
 def find_layers(root: fx.GraphModule, graph: fx.Graph) -> list[Layer]:
@@ -86,12 +109,25 @@ def find_layers(root: fx.GraphModule, graph: fx.Graph) -> list[Layer]:
 
 def router_of(root: fx.GraphModule, dispatch: Node) -> Router | None:
     """The `Router` that the expert ids come from, None if they come from elsewhere."""
-    ids: Any = dispatch.args[1]
-    source = ids.args[0] if ids.target is operator.getitem else ids
-    if source.op != "call_module":
-        return None
-    module = root.get_submodule(source.target)
+    module = _module_of(root, chosen_ids(root, dispatch))
     return module if isinstance(module, Router) else None
+
+
+def chosen_ids(root: fx.GraphModule, dispatch: Node) -> Node:
+    """The ids of experts that the router chose: those that `dispatch` reads, or of which it reads the units."""
+    ids: Any = dispatch.args[1]
+    return ids.args[0].args[1] if isinstance(_module_of(root, ids), ExpertUnits) else ids
+
+
+def _chosen_weights(root: fx.GraphModule, combine: Node) -> Node:
+    weights: Any = combine.args[1]
+    return weights.args[0].args[0] if isinstance(_module_of(root, weights), ExpertUnits) else weights
+
+
+def _module_of(root: fx.GraphModule, value: Node) -> nn.Module | None:
+    """What returns `value`, if it is a module."""
+    source: Any = value.args[0] if value.target is operator.getitem else value
+    return root.get_submodule(source.target) if source.op == "call_module" else None
 
 
 def _check_ops(graph: fx.Graph) -> None:
@@ -121,20 +157,24 @@ def _read_layer(root: fx.GraphModule, dispatch: Node) -> Layer:
     if activation.gate:
         projections = tuple(reversed(projections))
     first, second = _weight(root, projections[0]), _weight(root, down)
-    router = router_of(root, dispatch)
+    ids: Any = dispatch.args[1]
+    router, units = router_of(root, dispatch), _module_of(root, ids)
+    sizes = units.sizes if isinstance(units, ExpertUnits) else None
     facts = LayerFacts(
         num_experts=first.shape[0],
-        top_k=_top_k(router, dispatch),
+        top_k=_top_k(router, dispatch) * max(sizes or (1,)),
         hidden_size=first.shape[2],
         output_size=second.shape[1],
         expert_size=first.shape[1],
         dtype=first.dtype,
         activation=activation.name,
         gated=len(projections) > 1,
-        plain_router=router is not None and isinstance(router, UnitRouter),
+        plain_router=isinstance(router, UnitRouter),
         irregular=irregular,
+        units=sizes,
     )
-    return Layer(_layer_name(dispatch, down), facts, dispatch, projections, down, combine)
+    route = chosen_ids(root, dispatch), _chosen_weights(root, combine)
+    return Layer(_layer_name(dispatch, down), facts, dispatch, projections, down, combine, *route)
 
 
 def _outputs(node: Node, index: int) -> list[Node]:

@@ -16,10 +16,15 @@ which take the place of the tokens up to the combine, and the weights that bring
     ..                                                                   # with slots for flat, to y [N, D_out]
     y = bmm(combine_weights, view(y, [G, n, D_out]))                     # [T, D_out]
 
+Where experts differ in width, each is several units of the bank (`sparsify.expert_units`), which take their place:
+
+    unit_weights, unit_ids = units(routing_weights, expert_ids)          # [T, K M] each
+    rows, order, offsets = dispatch(flat, unit_ids, U)                   # and so on, U for R and K M for K
+
 Without routed experts (static pruning) only the shared expert and the bias remain.
 Sites that share their weights call the same experts and router.
 Parameters: `<ffn>.experts.{up_proj, gate_proj, down_proj, *_bias, bias}`, `<ffn>.shared.*`, `<ffn>.router.*`.
-T tokens, K slots, R routed experts, m neurons of an expert.
+T tokens, K slots, R routed experts, m neurons of an expert, U units, M units of the widest expert.
 """
 
 from __future__ import annotations
@@ -97,6 +102,8 @@ class InsertMoEPass(Pass):
         if self.router is not None:
             self.router.requires_grad_(not isinstance(self.router, UnitRouter))  # weights of one pass no gradient on
             graph_module.add_submodule(f"{name}.router", self.router)
+            if experts.units is not None:
+                graph_module.add_submodule(f"{name}.units", experts.units)
         if experts.shared is None:
             return
         linears = (*experts.shared.projections, experts.shared.down)
@@ -151,7 +158,10 @@ class InsertMoEPass(Pass):
         routed = graph.call_module(f"{self.match.name}.router", read)
         routing_weights, expert_ids = call(operator.getitem, (routed, 0)), call(operator.getitem, (routed, 1))
         rows_of = call(operator.getitem, (routed, 2)) if router.mixes else flat
-        dispatched = call(moe.dispatch.default, (rows_of, expert_ids, self.experts.num_routed))
+        if self.experts.sizes is not None:
+            units = graph.call_module(f"{self.match.name}.units", (routing_weights, expert_ids))
+            routing_weights, expert_ids = call(operator.getitem, (units, 0)), call(operator.getitem, (units, 1))
+        dispatched = call(moe.dispatch.default, (rows_of, expert_ids, self.experts.num_units))
         rows, order, offsets = (call(operator.getitem, (dispatched, i)) for i in range(3))
         projected = [
             call(moe.expert_linear.default, (rows, parameters[role], parameters.get(f"{role}_bias"), offsets))

@@ -19,11 +19,12 @@ from torch.fx import GraphModule
 from sparsify import ops
 from sparsify.config import SparsifyConfig
 from sparsify.cpu import Costs, FFNShape
+from sparsify.expert_units import ExpertUnits, units_of_widths
 from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.passes.activation import ActivationName, name_activation
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.split.dense_ffn import DenseFFN, Linear
-from sparsify.passes.split.experts import Experts, divide, take_neurons
+from sparsify.passes.split.experts import Experts, divide_unevenly, take_neurons
 from sparsify.passes.split.fold_vectors import fold_function
 from sparsify.routers import MLPRouter
 
@@ -99,17 +100,17 @@ def _predict_dense(match: FFNMatch, neurons: int, tokens: int) -> float | None:
 
 def _predict_experts(match: FFNMatch, config: SparsifyConfig, tokens: int) -> tuple[str, float | None]:
     """Of the routed experts, the shared ones and the router; or of what pruning leaves."""
-    size = -(-match.intermediate_size // config.num_experts)
-    routed = config.num_experts - config.shared
+    widths = config.widths_of(match.intermediate_size)
+    shared, routed = sum(widths[: config.shared]), widths[config.shared :]
     if config.top_k == config.shared:
-        return "pruned", _predict_dense(match, size * config.top_k, tokens)
-    shape = _shape(match, size * routed, routed, config.top_k - config.shared)
+        return "pruned", _predict_dense(match, shared, tokens)
+    shape = _shape(match, sum(routed), len(routed), config.top_k - config.shared)  # of the mean width
     if shape is None:
         return "", None
     costs = Costs.load()
     form, seconds = costs.experts(shape, tokens)
-    beside = [FFNShape(match.hidden_size, config.router_hidden_size, routed, 1, 1, False, torch.float32)]
-    beside += [replace(shape, intermediate_size=size * config.shared)] if config.shared else []
+    beside = [FFNShape(match.hidden_size, config.router_hidden_size, len(routed), 1, 1, False, torch.float32)]
+    beside += [replace(shape, intermediate_size=shared)] if shared else []
     return form, seconds + sum(costs.dense_seconds(dense, tokens, packed=False) for dense in beside)
 
 
@@ -135,7 +136,7 @@ class _Subject:
     def key(self) -> tuple[object, ...]:
         match, config = self.match, self.config
         sizes = (match.hidden_size, match.intermediate_size, match.out_features, match.dtype, match.device)
-        numbers = (config.num_experts, config.top_k, config.shared, config.router_hidden_size)
+        numbers = (config.num_experts, config.top_k, config.shared, config.router_hidden_size, config.expert_widths)
         return *sizes, *numbers, len(match.projections), self.function.code
 
     def __eq__(self, other: object) -> bool:
@@ -189,12 +190,14 @@ def _random_ffn(subject: _Subject) -> DenseFFN:
 def _runner(subject: _Subject, dense: DenseFFN) -> Callable[[Tensor], Tensor]:
     """Router, experts and shared experts as a converted model runs them."""
     match, config = subject.match, subject.config
-    size = -(-match.intermediate_size // config.num_experts)
-    neurons = torch.arange(config.num_experts * size).clamp(max=match.intermediate_size - 1).view(-1, size)
+    widths = config.widths_of(match.intermediate_size)
+    neurons = torch.arange(sum(widths), device=match.device).clamp(max=match.intermediate_size - 1)
     if config.top_k == config.shared:
-        kept = take_neurons(dense, neurons[: config.top_k].flatten().to(match.device))
+        kept = take_neurons(dense, neurons[: sum(widths[: config.shared])])
         return replace(kept, down=replace(kept.down, bias=dense.down.bias))
-    experts = divide(dense, neurons.to(match.device), config.shared)
+    unit, sizes = units_of_widths(widths[config.shared :])
+    shared, own = neurons.tensor_split([sum(widths[: config.shared])])
+    experts = divide_unevenly(dense, shared, own.view(-1, unit), None if max(sizes) == 1 else sizes)
     routed, top_k = experts.num_routed, config.top_k - config.shared
     router = MLPRouter(match.hidden_size, routed, top_k, config.router_hidden_size).to(match.device)
     if subject.named.name not in ACTIVATIONS:
@@ -203,13 +206,20 @@ def _runner(subject: _Subject, dense: DenseFFN) -> Callable[[Tensor], Tensor]:
     gate_bias = None if subject.named.gate is None else experts.projection_biases[subject.named.gate]
     up = next(i for i in range(len(match.projections)) if i != subject.named.gate)
     weights = (experts.projections[up], experts.projection_biases[up], gate, gate_bias, experts.down, None)
-    return functools.partial(_run_fused, experts, router, weights, subject.named.name)
+    return functools.partial(_run_fused, experts, router, experts.units, weights, subject.named.name)
 
 
 def _run_fused(
-    experts: Experts, router: MLPRouter, weights: tuple[Tensor | None, ...], activation: str, x: Tensor
+    experts: Experts,
+    router: MLPRouter,
+    units: ExpertUnits | None,
+    weights: tuple[Tensor | None, ...],
+    activation: str,
+    x: Tensor,
 ) -> Tensor:
     routing_weights, expert_ids = router(x)
+    if units is not None:
+        routing_weights, expert_ids = units(routing_weights, expert_ids)
     y = ops.moe_ffn(x, routing_weights, expert_ids, *weights, activation)
     y = y if experts.shared is None else y + experts.shared(x)
     return y if experts.bias is None else y + experts.bias

@@ -265,7 +265,8 @@ def _unique_name(graph_module: GraphModule, place: str, taken: set[str]) -> str:
         module = graph_module.get_submodule(place)
     except AttributeError:
         module = graph_module
-    if place and place not in taken and not any(hasattr(module, name) for name in ("experts", "router", "shared")):
+    ours = ("experts", "router", "shared", "units")
+    if place and place not in taken and not any(hasattr(module, name) for name in ours):
         return place
     prefix = f"{place}.ffn" if place else "ffn"
     return next(f"{prefix}{i}" for i in range(len(taken) + 1) if f"{prefix}{i}" not in taken)

@@ -5,12 +5,14 @@ A plan is plain data: print it, write it to JSON, edit it, and give it back to `
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sparsify.config import SparsifyConfig, check_counts
+from sparsify.config import SparsifyConfig, check_counts, read_widths
 from sparsify.errors import SelectionError
 from sparsify.passes.layer_times import LayerTime, time_layer
 from sparsify.passes.match_ffn import FFNMatch
@@ -30,6 +32,7 @@ class LayerPlan:
         num_experts: shared experts included. 0 leaves the FFN dense.
         top_k: experts that run for a token, shared ones included.
         num_shared_experts: experts that run for every token.
+        expert_widths: neurons of each expert, shared ones first; empty where they are equal parts.
         times: dense and as experts, at each of `target_tokens`.
     """
 
@@ -38,6 +41,7 @@ class LayerPlan:
     num_experts: int = 0
     top_k: int = 0
     num_shared_experts: int = 0
+    expert_widths: tuple[int, ...] = ()
     times: tuple[LayerTime, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,6 +54,8 @@ class LayerPlan:
             return
         try:
             check_counts(self.num_experts, self.top_k, self.num_shared_experts)
+            if self.expert_widths:
+                read_widths(self.expert_widths, self.num_experts)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
@@ -65,6 +71,7 @@ class LayerPlan:
             num_experts=self.num_experts,
             top_k=self.top_k,
             num_shared_experts=self.num_shared_experts,
+            expert_widths=self.expert_widths or None,
             overrides=(),
         )
 
@@ -103,7 +110,8 @@ class ConversionPlan:
 
 def _read_layer(document: Mapping[str, Any]) -> LayerPlan:
     layer = LayerPlan(**document)
-    return replace(layer, times=tuple(LayerTime(**time) for time in document.get("times", ())))
+    times = tuple(LayerTime(**time) for time in document.get("times", ()))
+    return replace(layer, times=times, expert_widths=tuple(document.get("expert_widths", ())))
 
 
 def make_plan(matches: Sequence[FFNMatch], config: SparsifyConfig) -> ConversionPlan:
@@ -195,6 +203,8 @@ def _objection(match: FFNMatch, config: SparsifyConfig) -> str | None:
         )
     if config.start != "split":
         return None if _fits(match, config) else _indivisible(match, config)
+    if config.expert_widths is not None:
+        return _narrow(match, config) if _fits(match, config) else _misfit(match, config)
     size = -(-match.intermediate_size // config.num_experts)
     if size < _MIN_EXPERT_SIZE or not _fits(match, config):
         return (
@@ -220,12 +230,40 @@ def _fits(match: FFNMatch, config: SparsifyConfig) -> bool:
     """Every routed expert gets at least one neuron after the shared experts took theirs; copies fall into shards."""
     if config.start != "split":
         return match.intermediate_size % config.granularity == 0
+    if config.expert_widths is not None:
+        return sum(config.expert_widths) == match.intermediate_size
     return _fits_count(match.intermediate_size, config.num_experts, config.shared)
 
 
 def _fits_count(neurons: int, num_experts: int, num_shared: int) -> bool:
     size = -(-neurons // num_experts)
     return neurons - num_shared * size >= num_experts - num_shared
+
+
+def _narrow(match: FFNMatch, config: SparsifyConfig) -> str | None:
+    """Why experts of these widths would not pay, where their unit is small."""
+    routed = config.widths_of(match.intermediate_size)[config.shared :]
+    unit = math.gcd(*routed) if routed else _MIN_EXPERT_SIZE
+    if unit >= _MIN_EXPERT_SIZE:
+        return None
+    return (
+        f"too small to pay: experts of {_listed(routed)} neurons are made of units of {unit} (at least "
+        f"{_MIN_EXPERT_SIZE}); use multiples of a larger number, its name or select='all'"
+    )
+
+
+def _misfit(match: FFNMatch, config: SparsifyConfig) -> str:
+    widths = config.widths_of(match.intermediate_size)
+    return (
+        f"has {match.intermediate_size} neurons, but expert_widths={list(widths)} add up to {sum(widths)}; change the "
+        f"widths, or give it its own in overrides={{{match.name!r}: {{'expert_widths': [...]}}}}"
+    )
+
+
+def _listed(widths: Sequence[int]) -> str:
+    """Runs of equal widths in short: `768, 4 x 192`."""
+    runs = [(width, len(list(group))) for width, group in itertools.groupby(widths)]
+    return ", ".join(f"{count} x {width}" if count > 2 else ", ".join([str(width)] * count) for width, count in runs)
 
 
 def _indivisible(match: FFNMatch, config: SparsifyConfig) -> str:
@@ -240,6 +278,8 @@ def _most_experts(match: FFNMatch, config: SparsifyConfig) -> int:
 def _convert(match: FFNMatch, config: SparsifyConfig, reason: str) -> LayerPlan:
     if config.start != "split":
         return _copy(match, config, reason)
+    if config.expert_widths is not None:
+        return _by_width(match, config, reason)
     if not _fits(match, config):
         raise SelectionError(
             f"{match.name} has {match.intermediate_size} neurons, too few for num_experts={config.num_experts} with "
@@ -249,6 +289,14 @@ def _convert(match: FFNMatch, config: SparsifyConfig, reason: str) -> LayerPlan:
     padding = config.num_experts * size - match.intermediate_size
     reason += f"; experts of {size} neurons" + (f", {padding} of them padding" if padding else "")
     return LayerPlan(match.name, reason, config.num_experts, config.top_k, config.shared)
+
+
+def _by_width(match: FFNMatch, config: SparsifyConfig, reason: str) -> LayerPlan:
+    if not _fits(match, config):
+        raise SelectionError(f"{match.name} {_misfit(match, config)}")
+    widths = config.widths_of(match.intermediate_size)
+    reason += f"; experts of {_listed(widths)} neurons"
+    return LayerPlan(match.name, reason, config.num_experts, config.top_k, config.shared, widths)
 
 
 def _copy(match: FFNMatch, config: SparsifyConfig, reason: str) -> LayerPlan:

@@ -43,8 +43,8 @@ def prune_experts(sparse: SparseModel, keep: int, stats: RoutingStats) -> Sparse
         loads = torch.tensor(layer.tokens_per_expert)
         kept = torch.sort(loads.argsort(descending=True, stable=True)[:keep]).values
         made.set_submodule(f"{layer.name}.router", _pruned(router, kept, keep, layer.name))
-        keep_experts(made.get_submodule(f"{layer.name}.experts"), kept.tolist(), router.num_experts)
-        rewire(made.graph, f"{layer.name}.router", keep)
+        left = keep_experts(made, layer.name, kept.tolist(), router.num_experts)
+        rewire(made.graph, f"{layer.name}.router", left)
     made.recompile()
     return made.train(sparse.training)
 

@@ -15,6 +15,7 @@ from torch.fx import Graph
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # pyright: ignore[reportPrivateUsage]
 from torch.utils import _pytree as pytree
 
+from sparsify.expert_units import ExpertUnits
 from sparsify.passes.find_layers import DISPATCH
 from sparsify.routers import LabelRouter
 
@@ -46,8 +47,7 @@ def specialise(sparse: SparseModel, label: int) -> SparseModel:
         new.weights = router.weights
         old = next(router.parameters(), None)
         made.set_submodule(f"{name}.router", new if old is None else new.to(old.device))
-        keep_experts(made.get_submodule(f"{name}.experts"), kept, router.num_experts)
-        rewire(made.graph, f"{name}.router", len(kept))
+        rewire(made.graph, f"{name}.router", keep_experts(made, name, kept, router.num_experts))
     made.graph.eliminate_dead_code()
     unread = {node.name for node in made.graph.find_nodes(op="placeholder") if not node.users}
     unread -= {node.name for node in sparse.graph.find_nodes(op="placeholder") if not node.users}
@@ -56,22 +56,36 @@ def specialise(sparse: SparseModel, label: int) -> SparseModel:
     return made.train(sparse.training)
 
 
-def keep_experts(experts: nn.Module, kept: list[int], num_experts: int) -> None:
-    """Leave the experts `kept` of `num_experts` in the module that holds their weights."""
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        routed = name != "bias" and parameter.dim() > 1 and len(parameter) == num_experts
-        if routed and kept != list(range(num_experts)):
+def keep_experts(made: SparseModel, name: str, kept: list[int], num_experts: int) -> int:
+    """Leave the experts `kept` of `num_experts` in the modules of the FFN `name`.
+
+    Returns:
+        The number of units that are left; of experts, where each is one.
+    """
+    if kept == list(range(num_experts)):
+        return len(made.get_parameter(f"{name}.experts.down_proj"))
+    units = dict(made.get_submodule(name).named_children()).get("units")
+    if isinstance(units, ExpertUnits):
+        fewer = ExpertUnits([units.sizes[expert] for expert in kept]).to(units.table.device)
+        made.set_submodule(f"{name}.units", fewer)
+        kept, num_experts = units.of(kept), units.num_units
+    experts = made.get_submodule(f"{name}.experts")
+    for key, parameter in list(experts.named_parameters(recurse=False)):
+        if key != "bias" and parameter.dim() > 1 and len(parameter) == num_experts:
             chosen = parameter.detach()[torch.tensor(kept, device=parameter.device)].clone()
-            setattr(experts, name, nn.Parameter(chosen, requires_grad=parameter.requires_grad))
+            setattr(experts, key, nn.Parameter(chosen, requires_grad=parameter.requires_grad))
+    return len(kept)
 
 
-def rewire(graph: Graph, router: str, num_experts: int) -> None:
-    """The router reads tokens alone; dispatch counts the experts that are left."""
+def rewire(graph: Graph, router: str, num_units: int) -> None:
+    """The router reads tokens alone; dispatch counts the experts, or units of experts, that are left."""
     for node in graph.find_nodes(op="call_module", target=router):
         node.args = node.args[:1]
-        readers = [user for got in node.users for user in got.users if user.target is DISPATCH]
+        readers = {user for got in node.users for user in got.users}
+        readers |= {user for units in readers if units.op == "call_module" for got in units.users for user in got.users}
         for dispatch in readers:
-            dispatch.args = (*dispatch.args[:2], num_experts)
+            if dispatch.target is DISPATCH:
+                dispatch.args = (*dispatch.args[:2], num_units)
 
 
 def _drop_keywords(made: SparseModel, names: set[str]) -> None:

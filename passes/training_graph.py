@@ -56,13 +56,19 @@ def _is_router(sparse: GraphModule, node: Node) -> bool:
 
 
 def _read(sparse: GraphModule, router_call: Node, dense_names: set[str]) -> RoutedFFN:
-    weights = next(user for user in router_call.users if user.target is operator.getitem and user.args[1] == 0)
-    mixed = next(user for user in weights.users if user.target in (MOE_FFN, COMBINE))
+    mixed = _mixed(router_call)
     node = mixed
     while node.name not in dense_names and len(node.users) == 1:
         (node,) = node.users
     experts = _experts(sparse, router_call, mixed)
     return RoutedFFN(str(router_call.target).removesuffix(".router"), router_call, mixed, _hidden(node), experts)
+
+
+def _mixed(call: Node) -> Node:
+    """What reads the weights that a router returns, or that its units get."""
+    weights = next(user for user in call.users if user.target is operator.getitem and user.args[1] == 0)
+    units = next((user for user in weights.users if user.op == "call_module"), None)
+    return _mixed(units) if units else next(user for user in weights.users if user.target in (MOE_FFN, COMBINE))
 
 
 def _hidden(down: Node) -> Node:

@@ -53,6 +53,7 @@ def upcycle_ffn(
         error=relative_error(experts, router, sample),
         error_before_refit=None,
         tokens_per_expert=count_tokens(expert_ids, config.num_experts),
+        routed_tokens=len(sample.x),
     )
 
 

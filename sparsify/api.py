@@ -231,11 +231,11 @@ def _convert_whole(
 def _config(config: SparsifyConfig | None, options: dict[str, Any]) -> SparsifyConfig:
     if config is None:
         return SparsifyConfig(**options)
-    return replace(config, **options)
+    return config.with_options(**options)
 
 
 def _refuse_contradiction(plan: ConversionPlan | None, options: dict[str, Any]) -> None:
-    planned = ("num_experts", "top_k", "num_shared_experts", "select", "overrides")
+    planned = ("num_experts", "top_k", "num_shared_experts", "expert_widths", "select", "overrides")
     clash = [name for name in planned if name in options]
     if plan is not None and clash:
         raise ValueError(f"plan= already says what {', '.join(clash)} would; give the plan or the options, not both")

@@ -146,6 +146,15 @@ def convert(
             "difference of the outputs to those of the dense model.",
         ),
     ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,..",
+            help="Neurons of each part, shared ones first, such as 768,384,192,192, in place of --experts; their sum "
+            "is that of the FFN.",
+            show_default="equal parts",
+        ),
+    ] = None,
     select: Annotated[
         list[str] | None,
         typer.Option(
@@ -159,7 +168,8 @@ def convert(
         typer.Option(
             metavar="PATTERN:FIELDS",
             help="Numbers of the FFNs whose names match, such as '*.11.*:num_experts=8,top_k=2'; fields are "
-            "num_experts, top_k and num_shared_experts. Repeat it for several; later ones win.",
+            "num_experts, top_k, num_shared_experts and expert_widths (768+384+384). Repeat it for several; later ones "
+            "win.",
         ),
     ] = None,
     target_tokens: Annotated[
@@ -193,6 +203,7 @@ def convert(
                 top_k=_DEFAULTS.top_k if top_k is None else top_k,
                 num_shared_experts=shared,
                 budget=budget,
+                expert_widths=None if widths is None else _widths(widths),
                 select=_select(select),
                 overrides=tuple(map(_override, override or ())),
                 target_tokens=tuple(target_tokens or ()),
@@ -306,15 +317,26 @@ def _number_or_text(text: str) -> str | int | float:
     return text
 
 
-def _override(text: str) -> tuple[str, dict[str, int]]:
-    if re.fullmatch(r".+:\w+=-?\d+(,\w+=-?\d+)*", text) is None:
+def _widths(text: str) -> list[int]:
+    if re.fullmatch(r"\d+(,\d+)*", text) is None:
+        raise ValueError(f"--widths takes numbers of neurons joined by commas, such as 768,384,384, got {text!r}")
+    return [int(width) for width in text.split(",")]
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    if re.fullmatch(r".+:\w+=-?\d+(\+\d+)*(,\w+=-?\d+(\+\d+)*)*", text) is None:
         raise ValueError(
             "--override takes a pattern and numbers, such as '*.11.*:num_experts=8,top_k=2' for the FFNs with .11. in "
             f"their names, got {text!r}"
         )
     pattern, _, numbers = text.rpartition(":")
     pairs = (number.split("=") for number in numbers.split(","))
-    return pattern, {name: int(value) for name, value in pairs}
+    return pattern, {name: _one_or_several(name, value) for name, value in pairs}
+
+
+def _one_or_several(name: str, text: str) -> int | list[int]:
+    numbers = [int(number) for number in text.split("+")]
+    return numbers if name == "expert_widths" or len(numbers) > 1 else numbers[0]
 
 
 def _refuse_contradiction(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
@@ -20,11 +20,15 @@ Select = Union[str, "tuple[str, ...]", "list[str]", int, float, "Callable[[FFNMa
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What differs from the config in some FFNs. None leaves the number of the config, or of an earlier pattern."""
+    """What differs from the config in some FFNs. None leaves what the config says, or an earlier pattern.
+
+    `num_experts` alone stands for equal parts, also where the config has `expert_widths`.
+    """
 
     num_experts: int | None = None
     top_k: int | None = None
     num_shared_experts: int | None = None
+    expert_widths: tuple[int, ...] | list[int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work in any config.
@@ -32,15 +36,21 @@ class LayerOptions:
         Raises:
             ValueError: says what was given and what is allowed.
         """
-        for name, value in vars(self).items():
+        for name, least in (("num_experts", 1), ("top_k", 1), ("num_shared_experts", 0)):
+            value: int | None = getattr(self, name)
             if value is not None:
-                _at_least(name, value, 0 if name == "num_shared_experts" else 1)
+                _at_least(name, value, least)
+        if self.expert_widths is not None:
+            object.__setattr__(self, "expert_widths", read_widths(self.expert_widths, self.num_experts))
+            object.__setattr__(self, "num_experts", len(self.expert_widths))
         if self.num_experts is not None and self.top_k is not None:
             check_counts(self.num_experts, self.top_k, self.num_shared_experts)
 
 
+_DEFAULT_EXPERTS = 16
+
 # Glob pattern on names -> fields of LayerOptions. A config keeps them as pairs with LayerOptions, to be hashable.
-Overrides = Union["Mapping[str, Mapping[str, int]]", "tuple[tuple[str, LayerOptions | Mapping[str, int]], ...]"]
+Overrides = Union["Mapping[str, Mapping[str, Any]]", "tuple[tuple[str, LayerOptions | Mapping[str, Any]], ...]"]
 
 
 Start = Literal["split", "upcycle", "shared"]
@@ -58,6 +68,10 @@ class SparsifyConfig:
         top_k: experts that run for a token, shared experts included; of a split, `top_k / num_experts` is computed.
         num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none. As
             many as `top_k`: static pruning, no part is routed. Only for "split".
+        expert_widths: neurons of each part, shared experts first, where they are not to be equal; `num_experts` follows
+            from it. Their sum is that of the FFN's neurons; give FFNs of another size widths of their own in
+            `overrides`. Routed experts are made of equal units, as large as the greatest common divisor of their widths
+            allows: multiples of 32 run fast. Only for "split".
         router: a name of the catalogue (`sparsify routers`). None: "mlp" for "split", else "top-k".
         router_options: further arguments of the router's constructor.
         ids_input: the input of the model whose integers a router reads that goes by ids or labels. None: token ids are
@@ -89,8 +103,9 @@ class SparsifyConfig:
             "every-fourth": the 4th, 8th, ... (ST-MoE); "last-half": 0.5;
             "later": sparse at first, all at the end: the 4th, 8th, ... of the first half and the whole last half.
             Late layers gain most from experts (DeepSpeed-MoE, arXiv 2201.05596, which compares the halves).
-        overrides: FFNs with numbers of their own: glob patterns on names to `num_experts`, `top_k` and
-            `num_shared_experts`, as in `{"*.11.*": {"top_k": 8}}`. Where several match, the later one wins.
+        overrides: FFNs with numbers of their own: glob patterns on names to `num_experts`, `top_k`,
+            `num_shared_experts` and `expert_widths`, as in `{"*.11.*": {"top_k": 8}}`. Where several match, the later
+            one wins.
         target_tokens: tokens of a call, such as `(1, 512)`. The presets then leave an FFN dense whose experts are not
             faster at each of these sizes, as measured on the device of the model; `select="all"`, names and predicates
             convert it all the same. With `budget`, each number of parts is judged so. The report holds prediction and
@@ -106,9 +121,10 @@ class SparsifyConfig:
         seed: of the clustering and the training of the routers.
     """
 
-    num_experts: int = 16
+    num_experts: int = _DEFAULT_EXPERTS
     top_k: int = 4
     num_shared_experts: int | None = None
+    expert_widths: tuple[int, ...] | list[int] | None = None
     start: Start = "split"
     router: str | None = None
     router_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
@@ -134,6 +150,10 @@ class SparsifyConfig:
         Raises:
             ValueError: says what was given and what is allowed.
         """
+        if self.expert_widths is not None:
+            counted = None if self.num_experts == _DEFAULT_EXPERTS else self.num_experts
+            object.__setattr__(self, "expert_widths", read_widths(self.expert_widths, counted))
+            object.__setattr__(self, "num_experts", len(self.expert_widths))
         check_counts(self.num_experts, self.top_k, self.num_shared_experts)
         object.__setattr__(self, "router_options", tuple(sorted(dict(self.router_options).items())))
         self._check_start()
@@ -191,6 +211,13 @@ class SparsifyConfig:
         """`overrides` as pairs of pattern and options, in their order."""
         return cast("tuple[tuple[str, LayerOptions], ...]", self.overrides)
 
+    def widths_of(self, neurons: int) -> tuple[int, ...]:
+        """Places for neurons in every expert of a split FFN with so many, shared experts first.
+
+        Equal parts may have some places too many; explicit widths may not fit `neurons`.
+        """
+        return tuple(self.expert_widths or [-(-neurons // self.num_experts)] * self.num_experts)
+
     def _check_start(self) -> None:
         if self.start not in ("split", "upcycle", "shared"):
             raise ValueError(f"start must be 'split', 'upcycle' or 'shared', got {self.start!r}")
@@ -202,6 +229,13 @@ class SparsifyConfig:
                 f"num_shared_experts={self.num_shared_experts} takes parts of a split; with start={self.start!r} give "
                 "0, or start='shared' to keep the whole FFN for every token"
             )
+        if self.start != "split" and self.expert_widths is not None:
+            raise ValueError(
+                f"expert_widths={list(self.expert_widths)} divides the neurons of an FFN; start={self.start!r} copies "
+                "all of them, or equal shards of them (granularity=), so leave it out"
+            )
+        if self.budget is not None and self.expert_widths is not None:
+            raise ValueError("budget= chooses among equal parts; leave expert_widths out, or choose top_k yourself")
         if self.start == "split" and self.granularity > 1:
             raise ValueError("granularity cuts copies; with start='split' raise num_experts instead")
         if self.start != "upcycle" and self.reinitialise:
@@ -256,8 +290,23 @@ class SparsifyConfig:
         changes: dict[str, Any] = {}
         for pattern, options in self.layer_options:
             if fnmatch.fnmatchcase(name, pattern):
-                changes |= {field: value for field, value in vars(options).items() if value is not None}
+                changes |= _with_the_other({k: value for k, value in vars(options).items() if value is not None})
         return replace(self, overrides=(), **changes)
+
+    def with_options(self, **options: Any) -> SparsifyConfig:
+        """The config with other values of some fields; of `num_experts` and `expert_widths`, the one given counts.
+
+        Raises:
+            ValueError: says what was given and what is allowed.
+        """
+        return replace(self, **_with_the_other(options))
+
+
+def _with_the_other(options: dict[str, Any]) -> dict[str, Any]:
+    """`num_experts` follows from `expert_widths`; alone, it means equal parts."""
+    if options.get("expert_widths") is not None:
+        return {"num_experts": _DEFAULT_EXPERTS, **options}
+    return {"expert_widths": None, **options} if "num_experts" in options else options
 
 
 def _read_tokens(given: object) -> tuple[int, ...]:
@@ -285,6 +334,29 @@ def check_counts(num_experts: int, top_k: int, num_shared_experts: int | None) -
             f"num_shared_experts must be between 0 and top_k ({top_k}), as the shared experts are among the top_k that "
             f"run for a token, got {num_shared_experts}"
         )
+
+
+def read_widths(given: object, num_experts: int | None) -> tuple[int, ...]:
+    """Widths of experts as a tuple.
+
+    Args:
+        given: `expert_widths` as a user wrote it.
+        num_experts: as a user wrote it beside them; None where it is theirs to say.
+
+    Raises:
+        ValueError: says what was given and what is allowed.
+    """
+    if not isinstance(given, (tuple, list)) or not given:
+        raise ValueError(f"expert_widths must list the neurons of every expert, as in [768, 384, 384], got {given!r}")
+    widths = tuple(cast("Sequence[int]", given))
+    for width in widths:
+        _at_least("every one of expert_widths", width, 1)
+    if num_experts not in (None, len(widths)):
+        raise ValueError(
+            f"expert_widths={list(widths)} are {len(widths)} experts, but num_experts={num_experts}; leave num_experts "
+            "out, as it follows from the widths"
+        )
+    return widths
 
 
 def _at_least(name: str, value: int, least: int) -> None:

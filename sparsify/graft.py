@@ -237,7 +237,7 @@ def grafted_ffn(sparse: SparseModel, name: str, cover: ModuleCover, parameter: s
     graph.output(out if cover.down_axis == -1 else graph.call_method("movedim", (out, -1, cover.down_axis)))
     owner = nn.Module()
     for child, module in sparse.get_submodule(name).named_children():
-        if child in ("experts", "router", "shared"):
+        if child in ("experts", "router", "shared", "units"):
             owner.add_module(child, module)
     return GraphModule(owner, graph, "GraftedFFN")
 

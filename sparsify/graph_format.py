@@ -23,6 +23,7 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo  # pyright: igno
 from torch.utils import _pytree as pytree
 
 import sparsify.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # puts torch.ops.sparsify into the dispatcher
+from sparsify.expert_units import ExpertUnits
 from sparsify.routers import Router
 from sparsify.sparse_model import SIZES_KEY, input_sizes
 
@@ -178,7 +179,7 @@ def decode_graph(data: Any, owner: torch.nn.Module) -> fx.Graph:
             *(name for name, _ in owner.named_buffers(remove_duplicate=False)),
             *_modules_of(fx.GraphModule, owner),
         },
-        "call_module": {*_modules_of(Router, owner)},
+        "call_module": {*_modules_of(Router, owner), *_modules_of(ExpertUnits, owner)},
     }
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -248,7 +249,7 @@ def _decode_target(op: object, target: object, owned: dict[str, set[str]]) -> st
 def _check_owned(target: object, owned: set[str]) -> str:
     path = check_path(target)
     if path not in owned:
-        raise FormatError(f"{path} is used but is no parameter, buffer, graph module or router of the model")
+        raise FormatError(f"{path} is used but is no parameter, buffer, graph module, router or its units")
     return path
 
 

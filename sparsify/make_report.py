@@ -65,6 +65,7 @@ def _ffn_report(match: FFNMatch, layer: LayerPlan, result: ConvertedLayer | None
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         num_shared_experts=layer.num_shared_experts,
+        expert_widths=layer.expert_widths,
         receipt=result.receipt,
         error=result.error,
         error_before_refit=result.error_before_refit,

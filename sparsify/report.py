@@ -25,13 +25,15 @@ class FFNReport:
         num_experts: shared experts included; 0 if not converted.
         top_k: experts that run for a token, shared ones included.
         num_shared_experts: experts that run for every token.
+        expert_widths: neurons of each expert, shared ones first; empty where they are equal parts or copies.
         receipt: max |split - dense| / max |dense| with all experts on, before the refit, in fp32.
         error: relative L2 error of the output on calibration tokens that were held out of every fit, by their weights
             (`passes/convert.py`); it decides whether training is kept.
         error_before_refit: the same before refit and training; None where nothing was refitted.
         tokens_per_expert: calibration tokens that each routed expert got.
         flops_before: of its linear layers, per token, 2 per multiply-add.
-        flops_after: the same after conversion, router included.
+        flops_after: the same after conversion, router included; the mean over calibration tokens where it differs
+            between them.
         parameters_before: weights and biases.
         parameters_after: the same after conversion, router included.
         times: of one call, dense and as experts, predicted and measured, at each of `target_tokens`.
@@ -47,6 +49,7 @@ class FFNReport:
     num_experts: int = 0
     top_k: int = 0
     num_shared_experts: int = 0
+    expert_widths: tuple[int, ...] = ()
     receipt: float | None = None
     error: float | None = None
     error_before_refit: float | None = None

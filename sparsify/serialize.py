@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import LoadError, OutputError
+from sparsify.expert_units import ExpertUnits
 from sparsify.graph_format import (
     FormatError,
     check_path,
@@ -198,7 +199,7 @@ def _encode_modules(sparse: SparseModel) -> list[dict[str, Any]]:
         entry = {"name": check_path(name), **_encode_module(module, first_names.get(module))}
         first_names.setdefault(module, name)
         entries.append(entry)
-        if entry["kind"] in ("alias", "router"):
+        if entry["kind"] in ("alias", "router", "units"):
             whole.append(name)
     return entries
 
@@ -208,6 +209,8 @@ def _encode_module(module: nn.Module, first_name: str | None) -> dict[str, Any]:
         return {"kind": "alias", "of": first_name}
     if isinstance(module, fx.GraphModule):
         return {"kind": "graph", "graph": encode_graph(module.graph, module)}
+    if isinstance(module, ExpertUnits):
+        return {"kind": "units", "sizes": list(module.sizes)}
     if not isinstance(module, Router):
         return {"kind": "container"}
     name = type(module).__name__
@@ -230,6 +233,9 @@ def _decode_module(entry: Any, sparse: SparseModel) -> nn.Module:
             return fx.GraphModule(nn.Module(), fx.Graph())
         case {"kind": "container"}:
             return nn.Module()
+        case {"kind": "units", "sizes": list(sizes)}:
+            with torch.device("meta"):
+                return ExpertUnits([int(size) for size in cast("list[int]", sizes)])
         case {"kind": "router", "class": str(name), "options": dict(options), "weights": str(weights)}:
             return _decode_router(name, cast("dict[str, Any]", options), weights)
         case _:

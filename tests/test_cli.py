@@ -249,6 +249,16 @@ def test_selection_and_overrides_reach_the_conversion(tmp_path, select):
     assert config.for_layer("other").num_experts == 8
 
 
+def test_widths_reach_the_conversion(tmp_path):
+    """Of the whole model, and of some FFNs."""
+    widths = ("--widths", "16,16,32", "--override", "ffn?:expert_widths=32+16+16,top_k=2")
+    options = ("--top-k", "1", "--select", "all", "--no-onnx", "--no-calibration")
+    result = run("convert", "tiny_factory:model", "-o", tmp_path / "out", *options, *widths, "--json")
+    [ffn] = json.loads(result.stdout)["report"]["ffns"]
+    assert (ffn["expert_widths"], ffn["top_k"], ffn["num_shared_experts"]) == ([32, 16, 16], 2, 1)
+    assert "pass" in run("verify", tmp_path / "out").stdout
+
+
 def test_target_tokens_reach_plan_and_export(tmp_path):
     """Both are made for the sizes that calls will have, and the report says how long an FFN takes there."""
     options = ("--experts", "4", "--top-k", "2", "--select", "all", "--target-tokens", "3", "--target-tokens", "40")
@@ -301,6 +311,9 @@ def test_files_of_others_are_not_overwritten(tmp_path):
         (["tiny_factory:model", "--select", "2", "--experts", "2", "--top-k", "1"], "asks for the last 2 FFNs"),
         (["tiny_factory:model", "--override", "*:top_k"], "such as '*.11.*:num_experts=8,top_k=2'"),
         (["tiny_factory:model", "--override", "*:k=2"], "some of num_experts, top_k, num_shared_experts"),
+        (["tiny_factory:model", "--widths", "32;32"], "such as 768,384,384, got '32;32'"),
+        (["tiny_factory:model", "--widths", "32,16", "--top-k", "1", "--select", "all"], "[32, 16] add up to 48"),
+        (["tiny_factory:model", "--override", "*:top_k=1+2"], "top_k must be a whole number, got [1, 2]"),
         (["tiny_factory:model", "--override", "*:top_k=0"], "top_k must be at least 1, got 0"),
         (["tiny_factory:model", "--override", "nosuch.*:top_k=1"], "matches none of the 1 FFNs"),
         (["tiny_factory:model", "--target-tokens", "0"], "target_tokens must be at least 1, got 0"),

@@ -32,11 +32,20 @@ from sparsify import SparsifyConfig
         ({"select": 0.0}, r"select as a fraction of the FFNs must be above 0 and at most 1, got 0\.0"),
         ({"select": 1.5}, r"above 0 and at most 1, got 1\.5"),
         ({"select": float("nan")}, "above 0 and at most 1, got nan"),
-        ({"overrides": {"*": {"experts": 8}}}, r"overrides\['\*'\] .* num_experts, top_k, num_shared_experts, got.*"),
+        ({"overrides": {"*": {"experts": 8}}}, r"overrides\['\*'\] .* num_shared_experts, expert_widths, got.*"),
         ({"overrides": {"*": 8}}, r"overrides\['\*'\] must give numbers for some of .* got 8"),
         ({"overrides": {"*": {"num_experts": 0}}}, r"overrides\['\*'\]: num_experts must be at least 1, got 0"),
         ({"overrides": {"*": {"top_k": "4"}}}, r"overrides\['\*'\]: top_k must be a whole number, got '4'"),
         ({"overrides": {"*": {"num_experts": 4, "top_k": 5}}}, r"overrides\['\*'\]: top_k must be between 1 .*4"),
+        ({"overrides": {"*": {"expert_widths": [8, 0]}}}, r"overrides\['\*'\]: every one of expert_widths .* got 0"),
+        ({"expert_widths": []}, r"expert_widths must list the neurons of every expert.* got \[\]"),
+        ({"expert_widths": 768}, "expert_widths must list the neurons of every expert.* got 768"),
+        ({"expert_widths": [64, 0], "top_k": 1}, "every one of expert_widths must be at least 1, got 0"),
+        ({"expert_widths": [64, 0.5], "top_k": 1}, r"every one of expert_widths must be a whole number, got 0\.5"),
+        ({"expert_widths": [64, 64], "num_experts": 3, "top_k": 1}, "are 2 experts, but num_experts=3; leave"),
+        ({"expert_widths": [64, 64]}, r"top_k must be between 1 and num_experts \(2\), got 4"),
+        ({"expert_widths": [64, 64], "top_k": 1, "start": "upcycle"}, "start='upcycle' copies all of them"),
+        ({"expert_widths": [64, 64], "top_k": 1, "budget": 0.5}, "budget= chooses among equal parts"),
         ({"overrides": "*:top_k=2"}, r"overrides must map glob patterns .* got '\*:top_k=2'"),
     ],
 )
@@ -96,3 +105,19 @@ def test_a_config_is_made_again_from_its_fields() -> None:
     config = SparsifyConfig(select=("a", "b"), overrides={"a": {"num_experts": 8}, "*": {"top_k": 2}})
     assert SparsifyConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert dataclasses.replace(config, seed=1).overrides == config.overrides
+
+
+def test_num_experts_and_widths_follow_each_other() -> None:
+    """Protects: whichever of the two is given last counts, for the whole config and in overrides; JSON and back."""
+    widths = SparsifyConfig(expert_widths=[768, 384, 384], top_k=2)
+    assert (widths.num_experts, widths.shared, widths.expert_widths) == (3, 1, (768, 384, 384))
+    assert widths.widths_of(1536) == (768, 384, 384)
+    parts = widths.with_options(num_experts=8)
+    assert (parts.num_experts, parts.expert_widths, parts.widths_of(70)) == (8, None, (9,) * 8)
+    assert parts.with_options(expert_widths=[64, 32], top_k=1).num_experts == 2
+    assert widths.with_options(top_k=3).expert_widths == (768, 384, 384)
+    assert SparsifyConfig(**json.loads(json.dumps(dataclasses.asdict(widths)))) == widths
+    overrides = {"a*": {"expert_widths": [8, 4]}, "ab": {"num_experts": 6}}
+    mixed = SparsifyConfig(num_experts=4, top_k=2, overrides=overrides)
+    assert [mixed.for_layer(name).expert_widths for name in ("a", "ab", "b")] == [(8, 4), None, None]
+    assert [mixed.for_layer(name).num_experts for name in ("a", "ab", "b")] == [2, 6, 4]

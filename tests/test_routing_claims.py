@@ -5,14 +5,16 @@ n converted FFNs, M = 2 D F multiply-adds of one, N its parameters with the bias
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify import SparseModel, export_onnx, sparsify
 from sparsify.models.gpt import GPT, GPTConfig
@@ -114,3 +116,82 @@ def test_claim_9_the_file_casts_before_it_routes(dense: GPT, tmp_path: Path) -> 
             product = makers[product.input[0]]
         assert types[product.output[0]] == onnx.TensorProto.FLOAT
         assert makers[product.input[0]].op_type == "Cast"
+
+
+WIDTHS, UNIT = (32, 16, 8, 8), 8
+
+
+@pytest.fixture(scope="module")
+def uneven() -> tuple[SparseModel, Tensor]:
+    """One FFN as experts of four and two units and two of one, 2 for a token, and tokens that use all of them."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(D, F), nn.GELU(), nn.Linear(F, D))
+    sparse = sparsify(
+        dense, (torch.randn(8, D),), select="all", router="top-k", expert_widths=WIDTHS, top_k=2, num_shared_experts=0
+    )
+    (router,) = sparse.routers.values()
+    router.get_parameter("weight").data.normal_()
+    return sparse, torch.randn(50, D)
+
+
+def loads_and_output(sparse: SparseModel, x: Tensor) -> tuple[list[int], Tensor]:
+    """Tokens of each expert, and the output by a loop over tokens and experts in fp64."""
+    ((name, router),) = sparse.routers.items()
+    weights, ids = router(x)
+    names = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias", "bias")
+    up, up_bias, down, down_bias, bias = (sparse.get_parameter(f"{name}.experts.{key}").double() for key in names)
+    y = bias.repeat(len(x), 1)
+    for t in range(len(x)):
+        for e, weight in zip(ids[t].tolist(), weights[t].double(), strict=True):
+            own = slice(sum(WIDTHS[:e]) // UNIT, sum(WIDTHS[: e + 1]) // UNIT)
+            hidden = nn.functional.gelu(up[own].flatten(0, 1) @ x[t].double() + up_bias[own].flatten())
+            y[t] += weight * (down[own].movedim(0, 1).flatten(1) @ hidden + down_bias[own].sum(0))
+    return torch.bincount(ids.flatten(), minlength=len(WIDTHS)).tolist(), y.detach()
+
+
+def macs_by_loads(loads: list[int]) -> int:
+    """Multiply-adds of the experts: sum over e of n_e cost(width_e)."""
+    return sum(tokens * 2 * D * width for tokens, width in zip(loads, WIDTHS, strict=True))
+
+
+def test_claim_19_experts_of_different_width_cost_their_width(
+    uneven: tuple[SparseModel, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In torch: rows that reach the products of experts, times the size of their weights; output as by a loop."""
+    sparse, x = uneven
+    loads, expected = loads_and_output(sparse, x)
+    assert min(loads) > 0
+    multiplied: list[int] = []
+    linear = nn.functional.linear
+
+    def counted(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.numel() == UNIT * D:  # of a unit; the router has another size
+            multiplied.append(rows.shape[0] * weight.numel())
+        return linear(rows, weight, bias)
+
+    exact = copy.deepcopy(sparse).double()  # fp64 runs the reference, which multiplies expert by expert
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    y = exact(x.double()).detach()
+    assert sum(multiplied) == macs_by_loads(loads)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sparse(x).detach().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", ["expert_chain", "sorted_split"])
+def test_claim_19_in_onnxruntime(uneven: tuple[SparseModel, Tensor], lowering: Any, tmp_path: Path) -> None:
+    """Rows of every Gemm of the experts in the file, times the size of its weight; output as by the loop."""
+    sparse, x = uneven
+    loads, expected = loads_and_output(sparse, x)
+    export_onnx(sparse, tmp_path / "model.onnx", lowering=lowering)
+    model = onnx.load(tmp_path / "model.onnx")
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "Gemm" and ".experts" in node.input[1]]
+    for node in products:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    y, *rows = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    multiplied = sum(len(np.asarray(part)) * sizes[node.input[1]] for part, node in zip(rows, products, strict=True))
+    assert multiplied == macs_by_loads(loads)
+    torch.testing.assert_close(torch.from_numpy(y).double(), expected, rtol=1e-4, atol=1e-5)
+    widest = max(sizes[node.input[1]] for node in products)
+    assert widest == (WIDTHS[0] if lowering == "expert_chain" else UNIT) * D  # whole experts, or their units

@@ -119,6 +119,8 @@ def why_not_moe_op(facts: LayerFacts, target: Target, runtime: Version | None) -
         return facts.irregular
     if moe_activation(facts.activation, facts.gated) is None:
         return _activation_reason(facts)
+    if facts.units is not None:
+        return "its experts differ in width, and those of the op do not"
     if not facts.plain_router:
         return "its router may leave slots unused or weigh experts by any number, which the op cannot express"
     if facts.output_size != facts.hidden_size:

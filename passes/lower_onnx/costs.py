@@ -5,6 +5,8 @@ It ranks lowerings; `measure=True` times them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.lowerings import Lowering
 
@@ -35,9 +37,12 @@ def predict_seconds(lowering: Lowering, facts: LayerFacts, tokens: int) -> float
         return _dense(facts, tokens)
     if lowering == "moe_op":
         return _moe(facts, tokens)
-    rows = tokens * facts.top_k
-    hit = _experts_hit(facts, tokens)
-    products = hit * _products(facts, rows / hit, facts.expert_size)
+    if facts.units is not None and lowering == "expert_chain":  # whole experts, of the mean width
+        size = round(sum(facts.widths) / len(facts.units))
+        facts = replace(facts, units=None, num_experts=len(facts.units), top_k=facts.routed_k, expert_size=size)
+    rows, hit = tokens * facts.top_k, _experts_hit(facts, tokens)
+    used = tokens * facts.routed_k * facts.num_experts / len(facts.widths)
+    products = hit * _products(facts, used / hit, facts.expert_size)
     features = rows * facts.dtype.itemsize * (facts.hidden_size + 2.5 * facts.output_size)
     if lowering == "expert_chain":
         nodes = _SORT_NODES + facts.num_experts * (_projections(facts) + 3)
@@ -83,4 +88,4 @@ def _projections(facts: LayerFacts) -> int:
 
 def _experts_hit(facts: LayerFacts, tokens: int) -> float:
     """Expected, if tokens choose independently and evenly; several heads may have more slots than there are experts."""
-    return facts.num_experts * (1 - (1 - min(1.0, facts.top_k / facts.num_experts)) ** tokens)
+    return facts.num_experts * (1 - (1 - min(1.0, facts.routed_k / len(facts.widths))) ** tokens)

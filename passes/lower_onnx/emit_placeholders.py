@@ -6,6 +6,10 @@
     sparsify::Combine(rows [R, D], routing_weights [T, K], order [R]) -> [T, D]
 
 R = T*K rows, E experts. P = E + 1 parts, the last for unused slots, or P = E where the router leaves no slot unused.
+
+Where experts differ in width, E are their units. The attribute `units` of the dispatch then tells how many each expert
+has, and what the router chose itself is one more input, of the dispatch the ids and of the combine the weights: a
+lowering may write whole experts.
 """
 
 from __future__ import annotations
@@ -37,12 +41,16 @@ def emit_placeholders(graph: fx.Graph, layers: Sequence[Layer]) -> None:
 
 def _emit_layer(graph: fx.Graph, layer: Layer) -> None:
     facts = layer.facts
-    parts = facts.num_experts + (not facts.plain_router)
+    parts = facts.num_experts + (not facts.plain_slots)
     x, expert_ids, _ = layer.dispatch.args
-    settings: dict[str, int | str] = {"num_experts": facts.num_experts, "num_parts": parts, "top_k": facts.top_k}
+    settings: dict[str, Any] = {"num_experts": facts.num_experts, "num_parts": parts, "top_k": facts.top_k}
     settings["layer"] = layer.name
     settings["activation"] = "" if facts.irregular else moe_activation(facts.activation, facts.gated) or ""
-    dispatched = _replace(graph, layer.dispatch, _dispatch, (x, expert_ids, settings))
+    chosen: tuple[tuple[Node, ...], tuple[Node, ...]] = ((), ())
+    if facts.units is not None:
+        settings |= {"units": list(facts.units), "routed_k": facts.routed_k, "plain_router": int(facts.plain_router)}
+        chosen = ((layer.expert_ids,), (layer.routing_weights,))
+    dispatched = _replace(graph, layer.dispatch, _dispatch, (x, expert_ids, settings, *chosen[0]))
     with graph.inserting_after(dispatched):
         tokens_per_expert = graph.call_function(operator.getitem, (dispatched, 3))
     offsets = [user for user in dispatched.users if user.target is operator.getitem and user.args[1] == 2]
@@ -52,8 +60,8 @@ def _emit_layer(graph: fx.Graph, layer: Layer) -> None:
         is_gate = facts.gated and linear is layer.projections[0]
         linear_settings = {"num_parts": parts, "gate": int(is_gate), "layer": layer.name}
         _replace(graph, linear, _expert_linear, (rows, weight, bias, tokens_per_expert, linear_settings))
-    settings = {"top_k": facts.top_k, "unit_weights": int(facts.plain_router), "layer": layer.name}
-    _replace(graph, layer.combine, _combine, (*layer.combine.args, settings))
+    settings = {"top_k": facts.top_k, "unit_weights": int(facts.plain_slots), "layer": layer.name}
+    _replace(graph, layer.combine, _combine, (*layer.combine.args, settings, *chosen[1]))
 
 
 def _replace(graph: fx.Graph, node: Node, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Node:
@@ -65,11 +73,11 @@ def _replace(graph: fx.Graph, node: Node, function: Callable[..., Any], argument
     return placeholder
 
 
-def _dispatch(x: Tensor, expert_ids: Tensor, settings: Mapping[str, Any]) -> Any:
+def _dispatch(x: Tensor, expert_ids: Tensor, settings: Mapping[str, Any], *chosen: Tensor) -> Any:
     rows = expert_ids.shape[0] * settings["top_k"]
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Dispatch",
-        (x, expert_ids),
+        (x, expert_ids, *chosen),
         {**settings},
         dtypes=(x.dtype, torch.int64, torch.int32, torch.int64),
         shapes=((rows, x.shape[1]), (rows,), (settings["num_experts"] + 1,), (settings["num_parts"],)),
@@ -90,10 +98,12 @@ def _expert_linear(
     )
 
 
-def _combine(rows: Tensor, routing_weights: Tensor, order: Tensor, settings: Mapping[str, Any]) -> Tensor:
+def _combine(
+    rows: Tensor, routing_weights: Tensor, order: Tensor, settings: Mapping[str, Any], *chosen: Tensor
+) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::Combine",
-        (rows, routing_weights, order),
+        (rows, routing_weights, order, *chosen),
         {**settings},
         dtype=rows.dtype,
         shape=(routing_weights.shape[0], rows.shape[1]),

@@ -46,6 +46,35 @@ class ExpertRegion:
         return self.dispatch.attributes["top_k"].as_int()
 
     @property
+    def units(self) -> list[int] | None:
+        """How many each expert has, where they differ in width; E are these units then."""
+        sizes = self.dispatch.attributes.get("units")
+        return None if sizes is None else list(sizes.as_ints())
+
+    @property
+    def expert_ids(self) -> ir.Value:
+        """What the router chose."""
+        return input_of(self.dispatch, 1 if self.units is None else 2)
+
+    @property
+    def routing_weights(self) -> ir.Value:
+        """Of what the router chose."""
+        return input_of(self.combine, 1 if self.units is None else 3)
+
+    def take_whole_experts(self) -> None:
+        """From now on dispatch and combine work on experts, not on units; the weights are still those of units."""
+        sizes = self.units
+        if sizes is None:
+            return
+        plain, top_k = (self.dispatch.attributes[name].as_int() for name in ("plain_router", "routed_k"))
+        numbers = {"num_experts": len(sizes), "num_parts": len(sizes) + (not plain), "top_k": top_k}
+        self.dispatch.replace_input_with(1, self.expert_ids)
+        self.combine.replace_input_with(1, self.routing_weights)
+        for node, changed in ((self.dispatch, numbers), (self.combine, {"top_k": top_k, "unit_weights": plain})):
+            for name, number in changed.items():
+                node.attributes[name] = ir.AttrInt64(name, int(number))
+
+    @property
     def unit_weights(self) -> bool:
         """Every routing weight is one, and no slot is unused."""
         return bool(self.combine.attributes["unit_weights"].as_int())

@@ -60,9 +60,13 @@ def _read_values(region: ExpertRegion) -> list[ir.Value]:
 def _layer_model(region: ExpertRegion, opset: int, lowering: Lowering) -> bytes:
     ids, weights = input_of(region.dispatch, 1), input_of(region.combine, 1)
     inputs = [input_of(region.dispatch, 0), ids, weights]
+    names = ["x", "ids", "weights"]
+    if region.units is not None:
+        inputs += [region.expert_ids, region.routing_weights]
+        names += ["chosen_ids", "chosen_weights"]
     copies = {
         value: ir.Value(name=name, type=value.type, shape=ir.Shape(["tokens", size]))
-        for value, name, size in zip(inputs, ("x", "ids", "weights"), _widths(region), strict=True)
+        for value, name, size in zip(inputs, names, _widths(region), strict=False)
     }
     for value in _read_values(region):
         tensor = value.const_value
@@ -86,9 +90,11 @@ def _copy(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
     return ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=outputs, version=1)
 
 
-def _widths(region: ExpertRegion) -> tuple[int, int, int]:
+def _widths(region: ExpertRegion) -> tuple[int, int, int, int, int]:
+    """Columns of tokens, ids and weights, and of ids and weights of whole experts."""
     first = next(node for node in region.inner if is_linear(node))
-    return stored(input_of(first, 1)).shape[2], region.top_k, region.top_k
+    chosen = region.top_k // max(region.units or [1])
+    return stored(input_of(first, 1)).shape[2], region.top_k, region.top_k, chosen, chosen
 
 
 def _random_inputs(region: ExpertRegion, tokens: int, seed: int) -> dict[str, np.ndarray]:
@@ -96,11 +102,16 @@ def _random_inputs(region: ExpertRegion, tokens: int, seed: int) -> dict[str, np
     random = np.random.default_rng(seed)
     hidden_size = _widths(region)[0]
     dtypes = [dtype_of(value).numpy() for value in (input_of(region.dispatch, 0), input_of(region.combine, 1))]
-    ids = random.random((tokens, region.num_experts)).argsort(1)[:, : region.top_k]
+    sizes = np.array(region.units or [1] * region.num_experts)
+    chosen = random.random((tokens, len(sizes))).argsort(1)[:, : region.top_k // max(sizes)]
+    places, first = np.arange(max(sizes)), (sizes.cumsum() - sizes)[chosen]
+    ids = np.where(places < sizes[chosen][..., None], first[..., None] + places, -1).reshape(tokens, -1)
     return {
         "x": random.standard_normal((tokens, hidden_size)).astype(dtypes[0]),
         "ids": ids.astype(np.int64),
-        "weights": np.ones(ids.shape, dtypes[1]),
+        "weights": (ids >= 0).astype(dtypes[1]),
+        "chosen_ids": chosen.astype(np.int64),
+        "chosen_weights": np.ones(chosen.shape, dtypes[1]),
     }
 
 

@@ -39,10 +39,11 @@ class Conversion:
         name: of the FFN.
         num_experts: E.
         top_k: K.
-        expert_size: neurons of an expert.
+        expert_size: neurons of an expert; of the units that experts are made of, where these differ in width.
         activation: its name.
         num_shared_experts: parts that run for every token; None in a model that was loaded without its report.
         receipt: the largest relative error of the split with all experts on; None as above.
+        expert_widths: neurons of each expert, where they differ in width.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Conversion:
     activation: str
     num_shared_experts: int | None
     receipt: float | None
+    expert_widths: tuple[int, ...] | None = None
 
 
 def conversions(layers: Sequence[Layer], report: Report | None) -> list[Conversion]:
@@ -61,8 +63,10 @@ def conversions(layers: Sequence[Layer], report: Report | None) -> list[Conversi
     for layer in layers:
         facts, ffn = layer.facts, known.get(layer.name)
         size, shared = facts.expert_size, ffn.num_shared_experts if ffn else None
-        receipt = ffn.receipt if ffn else None
-        found.append(Conversion(layer.name, facts.num_experts, facts.top_k, size, facts.activation, shared, receipt))
+        receipt, widths = ffn.receipt if ffn else None, facts.widths
+        uneven = None if facts.units is None else widths
+        own = (layer.name, len(widths), facts.routed_k, size, facts.activation, shared, receipt, uneven)
+        found.append(Conversion(*own))
     return found
 
 

@@ -26,7 +26,7 @@ def mark_router(region: ExpertRegion) -> None:
         if any(value in from_tokens for value in node.inputs):
             after_tokens.append(node)
             from_tokens.update(node.outputs)
-    wanted = {input_of(region.dispatch, 1), input_of(region.combine, 1)}
+    wanted = {input_of(region.dispatch, 1), input_of(region.combine, 1), region.expert_ids, region.routing_weights}
     for node in reversed(after_tokens):
         if any(value in wanted for value in node.outputs):
             wanted.update(value for value in node.inputs if value is not None)

@@ -5,6 +5,7 @@ T tokens, E num_experts, K top_k.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from sparsify.passes.find_layers import DISPATCH, Layer, router_of
+from sparsify.passes.find_layers import DISPATCH, Layer, chosen_ids, router_of
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, free_sizes, resize_inputs, with_outputs
 from sparsify.routers import GroupRouter, LinearRouter, TokenChoiceRouter, UnitRouter
 
@@ -46,7 +47,7 @@ def references(flat: FlatGraph, layers: Sequence[Layer]) -> Iterator[Reference]:
         flat: the model.
         layers: those of `flat`.
     """
-    module = with_outputs(flat, _tokens_and_ids)
+    module = with_outputs(flat, functools.partial(_tokens_and_ids, flat.root))
     for position, sizes in enumerate(_size_rounds(free_sizes(flat))):
         inputs = resize_inputs(flat, sizes)
         try:
@@ -59,16 +60,16 @@ def references(flat: FlatGraph, layers: Sequence[Layer]) -> Iterator[Reference]:
         yield _reference(flat, layers, sizes, inputs, values)
 
 
-def _tokens_and_ids(graph: fx.Graph) -> list[Node]:
+def _tokens_and_ids(root: fx.GraphModule, graph: fx.Graph) -> list[Node]:
     """Per layer what the router reads, and the expert ids."""
     found = graph.find_nodes(op="call_function", target=DISPATCH)
-    return [node for dispatch in found for node in (_read_by_router(dispatch), dispatch.args[1])]
+    pairs = [(dispatch, chosen_ids(root, dispatch)) for dispatch in found]
+    return [node for dispatch, ids in pairs for node in (_read_by_router(dispatch, ids), ids)]
 
 
-def _read_by_router(dispatch: Node) -> Any:
+def _read_by_router(dispatch: Node, ids: Node) -> Any:
     """What the router reads: the tokens, in groups where it reads groups; those of the dispatch without a router."""
-    ids: Any = dispatch.args[1]
-    source = ids.args[0] if ids.target is operator.getitem else ids
+    source: Any = ids.args[0] if ids.target is operator.getitem else ids
     return source.args[0] if source.op == "call_module" else dispatch.args[0]
 
 

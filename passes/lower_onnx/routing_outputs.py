@@ -24,7 +24,7 @@ def with_routing_outputs(flat: FlatGraph, layers: Sequence[Layer]) -> FlatGraph:
     returned: Any = output.args[0]
     names = [f"{layer.name}.{value}" for layer in layers for value in ("expert_ids", "routing_weights")]
     with flat.graph.inserting_before(output):
-        routes = [_own(node) for layer in layers for node in (layer.dispatch.args[1], layer.combine.args[1])]
+        routes = [_own(node) for layer in layers for node in (layer.expert_ids, layer.routing_weights)]
     output.args = ((*returned, *routes),)
     return dataclasses.replace(flat, output_names=(*flat.output_names, *names))
 

@@ -8,10 +8,13 @@ T tokens, F intermediate_size, E num_experts, S of them shared, m = ceil(F / E) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from sparsify.expert_units import units_of_widths
 from sparsify.passes.split.cluster import balanced_kmeans
 from sparsify.passes.split.dense_ffn import DenseFFN
 
@@ -45,4 +48,29 @@ def choose_neurons(profiles: Tensor, importance: Tensor, num_experts: int, num_s
     routed = torch.where(clusters < 0, -1, rest[clusters.clamp(min=0)])
     padding = torch.full((len(routed), size - routed.shape[1]), -1, dtype=torch.int64)
     return torch.cat([shared, torch.cat([routed, padding], dim=1)])
+
+
+def choose_by_width(
+    profiles: Tensor, importance: Tensor, widths: Sequence[int], num_shared: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Divide the neurons among experts of given widths.
+
+    Args:
+        profiles: `[F, T']`; neurons with similar rows go together.
+        importance: `[F]`.
+        widths: neurons of each expert, F in all, shared experts first.
+        num_shared: S, below E.
+        seed: of the clustering.
+
+    Returns:
+        The neurons of the shared experts `[s]`, and of the units of the routed ones `[U, w]`, expert after expert: w is
+        the greatest common divisor of their widths. Each neuron appears once.
+    """
+    num_neurons = sum(widths[:num_shared])
+    by_importance = importance.argsort(descending=True, stable=True)
+    rest = by_importance[num_neurons:].sort().values
+    routed = widths[num_shared:]
+    clusters = balanced_kmeans(profiles[rest], len(routed), seed, routed)
+    own = torch.cat([row[:width] for row, width in zip(clusters, routed, strict=True)])
+    return by_importance[:num_neurons], rest[own].view(-1, units_of_widths(routed)[0])
 

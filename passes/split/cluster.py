@@ -1,4 +1,4 @@
-"""Balanced k-means: Lloyd steps whose assignment gives every cluster exactly the same size.
+"""Balanced k-means: Lloyd steps whose assignment gives every cluster exactly the same size, or the one it is to have.
 
 The assignment is the linear assignment problem of points to places, each centroid repeated once per place
 (MoEfication, arXiv 2110.01786, section 3.2). As there are few centroids, it is solved exactly as a flow between them:
@@ -9,7 +9,7 @@ general costs would need n^2 of memory and some n^3 of time. n points, d feature
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -21,49 +21,61 @@ _ROUNDING = 1e-12  # of prices, which are differences of costs up to 1: a cycle 
 _TINY = 1e-300
 
 
-def balanced_kmeans(features: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Divide points into clusters of `ceil(n / c)` places.
+def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, places: Sequence[int] | None = None) -> Tensor:
+    """Divide points into clusters of `ceil(n / c)` places, or of as many as are given for each.
 
     Args:
         features: `[n, d]`.
         num_clusters: c, at most n.
         seed: of the first centroids.
+        places: of each cluster, n or more in all.
 
     Returns:
-        `[c, ceil(n / c)]` int64: the points of each cluster in rising order; -1 fills the places that stay empty.
+        `[c, m]` int64, m the most places: the points of each cluster in rising order; -1 fills what stays empty.
     """
-    size = -(-len(features) // num_clusters)
+    sizes = np.array(places or [-(-len(features) // num_clusters)] * num_clusters)
     generator = torch.Generator().manual_seed(seed)
     centroids = features[torch.randperm(len(features), generator=generator)[:num_clusters]]
-    labels = _nearest(features, centroids, size)
+    if (sizes != sizes[0]).any():
+        centroids = _by_size(features, centroids, sizes)
+    labels = _nearest(features, centroids, sizes)
     for _ in range(_MAX_STEPS):
         centroids = _means(features, labels, centroids)
-        updated = _nearest(features, centroids, size)
+        updated = _nearest(features, centroids, sizes)
         if torch.equal(updated, labels):
             break
         labels = updated
-    clusters = torch.full((num_clusters, size), -1, dtype=torch.int64)
+    clusters = torch.full((num_clusters, int(sizes.max())), -1, dtype=torch.int64)
     for cluster in range(num_clusters):
         members = (labels == cluster).nonzero().flatten()
         clusters[cluster, : len(members)] = members
     return clusters
 
 
-def _nearest(points: Tensor, centroids: Tensor, size: int) -> Tensor:
-    """The cluster of each point `[n]`, least total squared distance, no cluster above `size`."""
+def _by_size(points: Tensor, centroids: Tensor, sizes: np.ndarray) -> Tensor:
+    """The centroids `[c, d]` in another order: the more points are nearest to one, the more places its cluster has."""
+    free = _nearest(points, centroids, np.full(len(sizes), len(points)))
+    crowded = torch.bincount(free, minlength=len(sizes)).argsort(descending=True, stable=True)
+    ordered = torch.empty_like(centroids)
+    ordered[torch.from_numpy(np.argsort(-sizes, kind="stable"))] = centroids[crowded]
+    return ordered
+
+
+def _nearest(points: Tensor, centroids: Tensor, sizes: np.ndarray) -> Tensor:
+    """The cluster of each point `[n]`, least total squared distance, no cluster above its size `[c]`."""
     cost = centroids.square().sum(1) - 2 * points @ centroids.t()  # the squared distance but for the point's own norm
-    return torch.from_numpy(assign_balanced(cost.double().numpy(), size))
+    return torch.from_numpy(assign_balanced(cost.double().numpy(), sizes))
 
 
-def assign_balanced(cost: np.ndarray, size: int) -> np.ndarray:
+def assign_balanced(cost: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Assign points to clusters at the least total cost.
 
     Args:
         cost: `[n, c]`, of each point in each cluster; finite.
-        size: places in a cluster, at least n / c.
+        sizes: `[c]`, places in each cluster, at least n in all.
 
     Returns:
-        `[n]` int64, the cluster of each point; no cluster has more than `size`.
+        `[n]` int64, the cluster of each point; no cluster has more than its size.
     """
     clusters = cost.shape[1]
     cost = cost / max(float(np.abs(cost).max()), _TINY)  # so that rounding errors have one size
@@ -72,8 +84,8 @@ def assign_balanced(cost: np.ndarray, size: int) -> np.ndarray:
     prices = np.full((clusters, clusters), np.inf)  # [a, b]: of moving the cheapest point of a to b
     movers = np.zeros((clusters, clusters), dtype=np.int64)
     _price(cost, labels, range(clusters), prices, movers)
-    while counts.max() > size:
-        path = _cheapest_path(prices, counts > size, counts < size)
+    while (counts > sizes).any():
+        path = _cheapest_path(prices, counts > sizes, counts < sizes)
         for a, b in pairwise(path):
             labels[movers[a, b]] = b
         counts[path[0]] -= 1

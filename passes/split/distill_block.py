@@ -3,12 +3,14 @@
 The weights follow the squared error. The router cannot, as chosen ids pass no gradient; it learns what each choice was
 worth (`choice_loss`). Tokens are weighted (`Sample`).
 
-T tokens, D hidden_size, F neurons of all experts, S of them shared, R routed experts of m neurons, K that run.
+T tokens, D hidden_size, F neurons of all experts, S of them shared, R routed experts, K that run, U units of m neurons
+(one an expert, if all are of one width).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -75,7 +77,8 @@ class _Block(nn.Module):
         super().__init__()
         self._experts = experts
         self.router = copy.deepcopy(router).requires_grad_(True)
-        self.num_routed, outputs, self.size = experts.down.shape
+        self.num_units, outputs, self.size = experts.down.shape
+        self.owners, self.groups = experts.owners, experts.of_one_width()
         shared = experts.shared
         ups = [weight.flatten(0, 1) for weight in experts.projections]
         biases = [None if bias is None else bias.flatten() for bias in experts.projection_biases]
@@ -90,9 +93,10 @@ class _Block(nn.Module):
         self.biases = [None if bias is None else nn.Parameter(bias.clone()) for bias in biases]
         self.vectors = vectors
         self.down = nn.Parameter(down.clone())  # [F, D_out]
-        self.num_shared = len(down) - self.num_routed * self.size
-        nothing = down.new_zeros(self.num_routed, outputs)
-        self.expert_bias = nn.Parameter(nothing if experts.expert_bias is None else experts.expert_bias.clone())
+        self.num_shared = len(down) - self.num_units * self.size
+        nothing = down.new_zeros(self.num_units, outputs)
+        bias = nothing if experts.expert_bias is None else experts.expert_bias
+        self.expert_bias = nn.Parameter(experts.to_experts(bias))  # [R, D_out]
         self.bias = nn.Parameter(down.new_zeros(outputs) if experts.bias is None else experts.bias.clone())
 
     def own_parameters(self) -> list[nn.Parameter]:
@@ -106,7 +110,8 @@ class _Block(nn.Module):
         hidden = self._experts.activation(*projected, *self.vectors)  # [T, F]
         logits = self.router.logits(x)
         chosen = choose(logits.detach(), self.router.top_k)
-        runs = functional.pad(chosen.repeat_interleave(self.size, dim=1), (self.num_shared, 0), value=1.0)  # [T, F]
+        by_unit = chosen[:, self.owners].repeat_interleave(self.size, dim=1)
+        runs = functional.pad(by_unit, (self.num_shared, 0), value=1.0)  # [T, F]
         error = target - torch.addmm(self.bias, hidden * runs, self.down) - chosen @ self.expert_bias
         taught = -(-len(x) // 2)  # tokens: gains cost as much as half a forward pass, and routers are small
         routed = hidden.detach()[:taught, self.num_shared :]
@@ -116,16 +121,28 @@ class _Block(nn.Module):
 
     @torch.no_grad()
     def _gains(self, routed: Tensor, error: Tensor, chosen: Tensor) -> Tensor:
-        """`[T, R]`; `routed` is `[T, R * m]`. |d_e|^2 comes from the m x m products of an expert's columns."""
-        routed = routed.unflatten(1, (-1, self.size))  # [T, R, m]
-        down = self.down[self.num_shared :]  # [R * m, D_out]
-        inner = (routed * (error @ down.t()).view_as(routed)).sum(2) + error @ self.expert_bias.t()
-        columns = down.view(self.num_routed, self.size, -1)
-        by_expert = routed.transpose(0, 1)  # [R, T, m]
-        squares = (by_expert @ (columns @ columns.transpose(1, 2)) * by_expert).sum(2)
-        squares += 2 * (by_expert @ (columns @ self.expert_bias.unsqueeze(2))).squeeze(2)
-        squares = squares.t() + self.expert_bias.square().sum(1)
-        return choice_gains(inner, squares, chosen)
+        """`[T, R]`; `routed` is `[T, U * m]`. |d_e|^2 comes from the products of an expert's columns."""
+        routed = routed.unflatten(1, (-1, self.size))  # [T, U, m]
+        down = self.down[self.num_shared :]  # [U * m, D_out]
+        by_unit = (routed * (error @ down.t()).view_as(routed)).sum(2)
+        inner = torch.zeros_like(chosen).index_add_(1, self.owners, by_unit) + error @ self.expert_bias.t()
+        columns = down.view(self.num_units, self.size, -1)
+        squares = chosen.new_empty(len(self.expert_bias), len(chosen))
+        for experts, by_expert, own in self._by_width(routed, columns):
+            found = (by_expert @ (own @ own.transpose(1, 2)) * by_expert).sum(2)
+            squares[experts] = found + 2 * (by_expert @ (own @ self.expert_bias[experts].unsqueeze(2))).squeeze(2)
+        return choice_gains(inner, squares.t() + self.expert_bias.square().sum(1), chosen)
+
+    def _by_width(self, routed: Tensor, columns: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+        """The n experts of each width, their neurons `[n, T, w]` and columns `[n, w, D_out]`.
+
+        From `[T, U, m]` and `[U, m, D_out]`.
+        """
+        if self._experts.sizes is None:
+            yield slice(None), routed.transpose(0, 1), columns
+            return
+        for experts, units in self.groups:
+            yield experts, routed[:, units].flatten(2).transpose(0, 1), columns[units].flatten(1, 2)
 
     @torch.no_grad()
     def result(self) -> tuple[Experts, UnitRouter]:
@@ -144,7 +161,7 @@ class _Block(nn.Module):
             projections=tuple(up[first:].detach().unflatten(0, routed) for up in self.ups),
             projection_biases=tuple(None if b is None else b[first:].unflatten(0, routed) for b in biases),
             down=self.down[first:].unflatten(0, routed).transpose(1, 2).contiguous(),
-            expert_bias=self.expert_bias.detach(),
+            expert_bias=experts.to_units(self.expert_bias.detach()),
             bias=self.bias.detach(),
             shared=shared,
         )

@@ -1,6 +1,7 @@
 """An FFN divided into experts, as tensors: how to divide it, and how to run it.
 
-T tokens, D hidden_size, F intermediate_size, E num_experts, S of them shared, R = E - S routed, m neurons of an expert.
+T tokens, D hidden_size, F intermediate_size, E num_experts, S of them shared, R = E - S routed, U units of m neurons:
+routed experts have one each, or as many as their widths ask for (`sparsify.expert_units`).
 
     y = bias + shared(x) + sum over the selected e of (E_e(x) + expert_bias_e)
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from sparsify import ops
+from sparsify.expert_units import ExpertUnits
 from sparsify.passes.split.dense_ffn import DenseFFN, Linear
 
 
@@ -25,14 +27,15 @@ class Experts:
     """The routed experts, the shared one and the bias.
 
     Attributes:
-        projections: per role `[R, m, D]`, and the biases `[R, m]` or None.
-        vectors: per-neuron vectors `[R, m]`, or single numbers.
-        down: `[R, D_out, m]`.
-        expert_bias: `[R, D_out]` or None.
-        shared: one wide FFN of `S * m` neurons that runs for every token, or None.
+        projections: per role `[U, m, D]`, and the biases `[U, m]` or None.
+        vectors: per-neuron vectors `[U, m]`, or single numbers.
+        down: `[U, D_out, m]`.
+        expert_bias: `[U, D_out]` or None; that of an expert is the sum over its units.
+        shared: one wide FFN that runs for every token, or None.
         bias: `[D_out]` or None.
         activation: see `DenseFFN`.
         roles: of the projections.
+        sizes: units of each routed expert, where not all have one.
     """
 
     projections: tuple[Tensor, ...]
@@ -44,11 +47,49 @@ class Experts:
     bias: Tensor | None
     activation: GraphModule
     roles: tuple[str, ...]
+    sizes: tuple[int, ...] | None = None
 
     @property
     def num_routed(self) -> int:
         """R."""
+        return self.num_units if self.sizes is None else len(self.sizes)
+
+    @property
+    def num_units(self) -> int:
+        """U."""
         return self.down.shape[0]
+
+    @property
+    def units(self) -> ExpertUnits | None:
+        """Says which units the experts have; None where each is one."""
+        return None if self.sizes is None else ExpertUnits(self.sizes).to(self.down.device)
+
+    @property
+    def owners(self) -> Tensor:
+        """`[U]`: the expert of each unit."""
+        sizes = torch.tensor(self.sizes or [1] * self.num_units, dtype=torch.int64, device=self.down.device)
+        return torch.arange(len(sizes), device=self.down.device).repeat_interleave(sizes)
+
+    def of_one_width(self) -> list[tuple[Tensor, Tensor]]:
+        """For each width, the experts of it `[n]`, and their units `[n, units of one]`."""
+        owners, sizes = self.owners, torch.tensor(self.sizes or [1] * self.num_units)
+        groups = ((sizes == size).nonzero().flatten() for size in sizes.unique())
+        return [(group, torch.stack([(owners == e).nonzero().flatten() for e in group])) for group in groups]
+
+    def to_units(self, biases: Tensor) -> Tensor:
+        """`[R, D_out]` to `[U, D_out]`: the first unit of an expert takes its bias."""
+        owners = self.owners
+        first = torch.cat([owners.new_ones(1), owners.diff()]) if len(owners) else owners
+        return biases[owners] * first.to(biases.dtype).unsqueeze(1)
+
+    def to_experts(self, biases: Tensor) -> Tensor:
+        """`[U, ..]` to `[R, ..]`: the sum over the units of each expert."""
+        return biases.new_zeros(self.num_routed, *biases.shape[1:]).index_add_(0, self.owners, biases)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each routed expert."""
+        return tuple(size * self.down.shape[2] for size in self.sizes or [1] * self.num_units)
 
     @property
     def num_parameters(self) -> int:
@@ -64,20 +105,22 @@ class Experts:
 
         Without `routing_weights` `[T, K]` every expert counts as 1.
         """
-        routed = self.num_routed > 0
+        routed = self.num_units > 0
         y = self._routed(x, expert_ids, routing_weights) if routed else x.new_zeros(len(x), self.down.shape[1])
         y = y if self.shared is None else y + self.shared(x)
         return y if self.bias is None else y + self.bias
 
     def _routed(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None) -> Tensor:
-        rows, order, offsets = ops.dispatch(x, expert_ids, self.num_routed)
+        weights = torch.ones_like(expert_ids, dtype=x.dtype) if routing_weights is None else routing_weights
+        units = self.units
+        weights, expert_ids = (weights, expert_ids) if units is None else units(weights, expert_ids)
+        rows, order, offsets = ops.dispatch(x, expert_ids, self.num_units)
         biases = zip(self.projections, self.projection_biases, strict=True)
         projected = [ops.expert_linear(rows, weight, bias, offsets) for weight, bias in biases]
         expert_of_row = expert_ids.reshape(-1).index_select(0, order).clamp(min=0)
         vectors = [v.index_select(0, expert_of_row) if v.dim() == 2 else v for v in self.vectors]
         hidden = self.activation(*projected, *vectors)
         outputs = ops.expert_linear(hidden, self.down, self.expert_bias, offsets)
-        weights = torch.ones_like(expert_ids, dtype=x.dtype) if routing_weights is None else routing_weights
         return ops.combine(outputs, weights, order)
 
 
@@ -92,7 +135,18 @@ def divide(dense: DenseFFN, neurons: Tensor, num_shared: int) -> Experts:
     Returns:
         The experts, without expert_bias.
     """
-    routed, shared = neurons[num_shared:], neurons[:num_shared].reshape(-1)
+    return divide_unevenly(dense, neurons[:num_shared].reshape(-1), neurons[num_shared:], None)
+
+
+def divide_unevenly(dense: DenseFFN, shared: Tensor, routed: Tensor, sizes: tuple[int, ...] | None) -> Experts:
+    """As `divide`, for experts of several units.
+
+    Args:
+        dense: the FFN.
+        shared: `[s]` int64, neurons that run for every token; may be none.
+        routed: `[U, m]` int64, neurons of each unit; -1 pads.
+        sizes: units of each routed expert; None for one each.
+    """
     take = routed.clamp(min=0)  # padding repeats neuron 0 with a zero column in down: its value cannot matter
     return Experts(
         projections=tuple(project.weight[take] for project in dense.projections),
@@ -100,10 +154,11 @@ def divide(dense: DenseFFN, neurons: Tensor, num_shared: int) -> Experts:
         vectors=tuple(v[take] if v.dim() == 1 else v for v in dense.vectors),
         down=_columns(dense.down.weight, routed),
         expert_bias=None,
-        shared=take_neurons(dense, shared) if num_shared else None,
+        shared=take_neurons(dense, shared) if len(shared) else None,
         bias=None if dense.down.bias is None else dense.down.bias.clone(),
         activation=dense.activation,
         roles=tuple(project.role for project in dense.projections),
+        sizes=sizes,
     )
 
 

@@ -19,14 +19,14 @@ def fold_mean(experts: Experts, mean: Tensor) -> Experts:
     """Move the means into the biases.
 
     Args:
-        experts: R routed experts of m neurons, without expert_bias.
-        mean: `[R, m]`, mean of the routed neurons.
+        experts: U units of m neurons, without expert_bias.
+        mean: `[U, m]`, mean of the routed neurons.
 
     Returns:
         The experts with `expert_bias = -c` and `bias + sum c`.
     """
     outputs = [down.double() @ mu for down, mu in zip(experts.down, mean.double(), strict=True)]  # one by one: fp64
-    constants = torch.stack(outputs)  # [R, D_out]
+    constants = torch.stack(outputs)  # [U, D_out]
     bias = constants.sum(0) if experts.bias is None else experts.bias.double() + constants.sum(0)
     dtype = experts.down.dtype
     return replace(experts, expert_bias=-constants.to(dtype), bias=bias.to(dtype))

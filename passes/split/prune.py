@@ -15,26 +15,22 @@ from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.statistics import importance, measure_neurons
 
 
-def prune(dense: DenseFFN, x: torch.Tensor, num_experts: int, kept: int) -> tuple[Experts, torch.Tensor]:
+def prune(dense: DenseFFN, x: torch.Tensor, kept: int) -> tuple[Experts, torch.Tensor]:
     """Keep a part of the neurons.
 
     Args:
         dense: the FFN.
         x: tokens `[T, D]`, T > 0.
-        num_experts: parts of the neurons, E, m neurons each.
-        kept: how many of them stay.
+        kept: how many neurons stay, at least 1; all where there are fewer.
 
     Returns:
         The kept neurons as one shared expert, with the mean of the others in the bias and no routed expert; and the
-        mean of the kept neurons `[kept * m]`.
+        mean of the kept neurons `[kept]`.
     """
     statistics = measure_neurons(dense, x)
     order = importance(dense, statistics).argsort(descending=True, stable=True)
-    size = -(-len(order) // num_experts)
-    stay, go = order[: kept * size], order[kept * size :]
+    stay, go = order[:kept], order[kept:]
     dropped = dense.down.weight[:, go].double() @ statistics.mean[go]
     bias = dropped if dense.down.bias is None else dense.down.bias.double() + dropped
-    padded = torch.cat([stay, stay.new_full((kept * size - len(stay),), -1)])
-    experts = divide(dense, padded.view(kept, size), kept)
-    mean = statistics.mean[padded.clamp(min=0)]
-    return replace(experts, bias=bias.to(dense.down.weight.dtype)), mean
+    experts = divide(dense, stay.unsqueeze(0), num_shared=1)
+    return replace(experts, bias=bias.to(dense.down.weight.dtype)), statistics.mean[stay]

@@ -6,7 +6,7 @@ output that is wanted:
     minimise  sum_t w_t |Y - b - H W^T - M beta|^2 + lam |W - W_old|^2 + lam |beta|^2,  lam = ridge mean(diag(H^T w H))
 
 W is the new down_proj, beta a bias per expert, b a bias, w the weight of the token. T tokens, F neurons (of all
-experts), R routed experts.
+experts), R routed experts, U units of m neurons (one an expert, if all are of one width).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def refit(
 
     Args:
         experts: the split; `expert_bias` is replaced.
-        mean: `[E * m]`, mean of the neurons in the order of the experts, shared ones first.
+        mean: `[F]`, mean of the neurons in the order of the experts, shared ones first.
         x: `[T, D]`.
         target: `[T, D_out]`, the output that is wanted for each token.
         weight: `[T]`, of each token in the error.
@@ -47,17 +47,17 @@ def refit(
 
 
 def _features(experts: Experts, mean: Tensor, x: Tensor, expert_ids: Tensor) -> Tensor:
-    """`[T, E * m + R]`: H beside M."""
+    """`[T, F + R]`: H beside M."""
     selected = torch.zeros(len(x), experts.num_routed, dtype=x.dtype).scatter_(1, expert_ids, 1.0)
-    num_routed, size = experts.num_routed, experts.down.shape[2]
+    num_units, size = experts.num_units, experts.down.shape[2]
     hidden = _all_hidden(experts, x) - mean.to(x.dtype)
-    shared, routed = hidden.split([hidden.shape[1] - num_routed * size, num_routed * size], dim=1)
-    routed = routed.view(len(x), num_routed, size) * selected.unsqueeze(-1)
+    shared, routed = hidden.split([hidden.shape[1] - num_units * size, num_units * size], dim=1)
+    routed = routed.view(len(x), num_units, size) * selected[:, experts.owners].unsqueeze(-1)
     return torch.cat([shared, routed.flatten(1), selected], dim=1)
 
 
 def _all_hidden(experts: Experts, x: Tensor) -> Tensor:
-    """`[T, E * m]`, in the order of the experts, shared ones first."""
+    """`[T, F]`, in the order of the experts, shared ones first."""
     flat = [weight.flatten(0, 1) for weight in experts.projections]
     biases = [None if bias is None else bias.flatten() for bias in experts.projection_biases]
     projected = [torch.nn.functional.linear(x, w, b) for w, b in zip(flat, biases, strict=True)]
@@ -66,7 +66,7 @@ def _all_hidden(experts: Experts, x: Tensor) -> Tensor:
 
 
 def _stacked_down(experts: Experts) -> Tensor:
-    """`[E * m, D_out]`."""
+    """`[F, D_out]`."""
     routed = experts.down.transpose(1, 2).flatten(0, 1)
     return routed if experts.shared is None else torch.cat([experts.shared.down.weight.t(), routed])
 
@@ -103,11 +103,12 @@ class _Moments:
 
 def _with_solution(experts: Experts, mean: Tensor, solution: Tensor, intercept: Tensor) -> Experts:
     """Undo the centring: W (h - mu) + beta = W h + (beta - W mu), per expert; the shared part goes into the bias."""
-    dtype, (num_routed, outputs, size) = experts.down.dtype, experts.down.shape
+    dtype, (num_units, outputs, size) = experts.down.dtype, experts.down.shape
     weights, beta = solution[: len(mean)], solution[len(mean) :]
-    num_shared = len(mean) - num_routed * size
-    routed = weights[num_shared:].view(num_routed, size, outputs)
-    means = mean[num_shared:].view(num_routed, size)
+    num_shared = len(mean) - num_units * size
+    routed = weights[num_shared:].view(num_units, size, outputs)
+    means = mean[num_shared:].view(num_units, size)
+    beta = experts.to_units(beta)
     bias = intercept - mean[:num_shared] @ weights[:num_shared]
     shared = experts.shared
     if shared is not None:

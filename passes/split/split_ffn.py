@@ -1,7 +1,8 @@
 """One dense FFN and a sample of its inputs -> routed experts: the methods of this folder in their order.
 
 statistics -> which neurons -> divide -> fold the means (receipt) -> train the router -> refit -> distil
-T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, m neurons of an expert.
+T tokens, D hidden_size, E num_experts, S shared, R = E - S routed, U units of m neurons (one an expert, if all are of
+one width).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sparsify.config import SparsifyConfig
+from sparsify.expert_units import units_of_widths
 from sparsify.passes.heap import trim_heap
 from sparsify.passes.run_experts import run_experts
-from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
+from sparsify.passes.split.choose_neurons import activation_profiles, choose_by_width, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.distill_block import distill_block
-from sparsify.passes.split.experts import Experts, divide
+from sparsify.passes.split.experts import Experts, divide_unevenly
 from sparsify.passes.split.fit_router import fit_router
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.prune import prune
@@ -60,7 +62,7 @@ class Sample:
 class SplitResult:
     """The experts, their router and what the report says of them (see `FFNReport` for the figures).
 
-    Without routed experts `router` is None.
+    Without routed experts `router` is None. `tokens_per_expert` are the loads of `routed_tokens` tokens.
     """
 
     experts: Experts
@@ -69,6 +71,7 @@ class SplitResult:
     error: float
     error_before_refit: float | None
     tokens_per_expert: tuple[int, ...]
+    routed_tokens: int
 
 
 def split_ffn(
@@ -93,10 +96,9 @@ def split_ffn(
     trains = may_fit and config.distill_steps > 0 and config.router_name == "mlp"
     few = _thin(fit) if trains else fit  # what comes before the training only has to begin it
     statistics = measure_neurons(dense, few.x)
-    profiles = activation_profiles(dense, few.x)
-    neurons = choose_neurons(profiles, importance(dense, statistics), config.num_experts, config.shared, config.seed)
-    mean = statistics.mean[neurons.clamp(min=0)]  # [E, m]
-    experts = fold_mean(divide(dense, neurons, config.shared), mean[config.shared :])
+    shared, routed, sizes = _choose(activation_profiles(dense, few.x), importance(dense, statistics), config)
+    mean = statistics.mean[routed.clamp(min=0)]  # [U, m]
+    experts = fold_mean(divide_unevenly(dense, shared, routed, sizes), mean)
     router = fit_router(experts, few.x, config, few.ids)
     error = relative_error(experts, router, measured)
     result = SplitResult(
@@ -106,12 +108,14 @@ def split_ffn(
         error=error,
         error_before_refit=None,
         tokens_per_expert=tokens_per_expert(experts, router, fit),
+        routed_tokens=len(fit.x),
     )
     trim_heap()
     if not may_fit or router.rule != "one":
         return result
     expert_ids = torch.cat([router(*part)[1] for part in few.parts()])
-    experts = refit(experts, mean.flatten(), few.x, few.target, few.weight, expert_ids, config.ridge)
+    mean = torch.cat([statistics.mean[shared.clamp(min=0)], mean.flatten()])
+    experts = refit(experts, mean, few.x, few.target, few.weight, expert_ids, config.ridge)
     trim_heap()
     fitted = replace(
         result, experts=experts, error=relative_error(experts, router, measured), error_before_refit=error
@@ -132,15 +136,28 @@ def _prune(
     dense: DenseFFN, original: DenseFFN, fit: Sample, measured: Sample, config: SparsifyConfig, *, may_refit: bool
 ) -> SplitResult:
     """No routed experts. The receipt is that of the neurons in their new order, before any is dropped."""
-    everything, _ = prune(dense, fit.x, config.num_experts, config.num_experts)
-    experts, mean = prune(dense, fit.x, config.num_experts, config.top_k)
+    neurons = dense.down.weight.shape[1]
+    everything, _ = prune(dense, fit.x, neurons)
+    experts, mean = prune(dense, fit.x, sum(config.widths_of(neurons)[: config.top_k]))
     error = relative_error(experts, None, measured)
     tokens = torch.cat([measured.x[:_RECEIPT_TOKENS], fit.x[:_RECEIPT_TOKENS]])
-    result = SplitResult(experts, None, receipt(original, everything, tokens), error, None, ())
+    result = SplitResult(experts, None, receipt(original, everything, tokens), error, None, (), 0)
     if not (config.refit and may_refit):
         return result
     experts = refit(experts, mean, fit.x, fit.target, fit.weight, nobody(fit.x), config.ridge)
     return replace(result, experts=experts, error=relative_error(experts, None, measured), error_before_refit=error)
+
+
+def _choose(
+    profiles: Tensor, scores: Tensor, config: SparsifyConfig
+) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+    """Neurons of the shared experts `[s]` and of the units `[U, m]` of routed ones; units of each, if these differ."""
+    if config.expert_widths is None:
+        neurons = choose_neurons(profiles, scores, config.num_experts, config.shared, config.seed)
+        return neurons[: config.shared].flatten(), neurons[config.shared :], None
+    shared, routed = choose_by_width(profiles, scores, config.expert_widths, config.shared, config.seed)
+    _, sizes = units_of_widths(config.expert_widths[config.shared :])
+    return shared, routed, None if max(sizes) == 1 else sizes
 
 
 def _thin(sample: Sample) -> Sample:

@@ -5,6 +5,8 @@ T tokens, D hidden_size, R routed experts.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -24,14 +26,17 @@ def expert_norms(experts: Experts, x: Tensor) -> Tensor:
 
 def _norms(experts: Experts, x: Tensor) -> Tensor:
     columns: list[Tensor] = []
-    for e in range(experts.num_routed):
+    sizes = experts.sizes or (1,) * experts.num_units
+    for e, last in enumerate(itertools.accumulate(sizes)):
+        own = slice(last - sizes[e], last)  # units
         projected = [
-            torch.nn.functional.linear(x, weight[e], None if bias is None else bias[e])
+            torch.nn.functional.linear(x, weight[own].flatten(0, 1), None if bias is None else bias[own].flatten())
             for weight, bias in zip(experts.projections, experts.projection_biases, strict=True)
         ]
-        hidden = experts.activation(*projected, *(v[e] if v.dim() == 2 else v for v in experts.vectors))
-        bias = None if experts.expert_bias is None else experts.expert_bias[e]
-        columns.append(torch.nn.functional.linear(hidden, experts.down[e], bias).norm(dim=1))
+        hidden = experts.activation(*projected, *(v[own].flatten() if v.dim() == 2 else v for v in experts.vectors))
+        bias = None if experts.expert_bias is None else experts.expert_bias[own].sum(0)
+        down = experts.down[own].transpose(0, 1).flatten(1)
+        columns.append(torch.nn.functional.linear(hidden, down, bias).norm(dim=1))
     return torch.stack(columns, dim=1)
 
 

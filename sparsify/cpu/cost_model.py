@@ -231,7 +231,7 @@ def _dense(shape: FFNShape, tokens: int, rates: Rates, table: str) -> float:
 
 def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
     pairs, gates = tokens * shape.top_k, 2 if shape.gated else 1
-    touched = shape.num_experts * (1 - (1 - shape.top_k / shape.num_experts) ** tokens)
+    touched = shape.num_experts * (1 - (1 - min(1.0, shape.top_k / shape.num_experts)) ** tokens)
     rows = pairs / max(touched, 1e-9)
     width = shape.intermediate_size / shape.num_experts
     per_pair = width * (gates * shape.hidden_size + shape.out_features)

@@ -6,7 +6,7 @@
 #define SEGMENT_BYTES (512 << 10) /* packed rows of a segment: half of a usual L2 cache */
 #define SEGMENT_PANELS 8
 #define CHUNK_PAIRS 2048    /* so many pairs at a time, or once or twice SEGMENT_PANELS panels for each expert: bounds the memory */
-#define MANY_SEGMENTS 16    /* for each thread: then whole segments are shared out evenly enough */
+#define FAIR_SHARE 3        /* segments of the largest size for each thread: then they are shared out evenly enough */
 #define KEPT_BYTES (64 << 20)
 
 enum { FINE, BAD_EXPERT, NO_MEMORY };
@@ -36,13 +36,17 @@ typedef struct {
     void (*barrier)(void);
     int64_t *order; /* sorted position -> pair */
     segment *segments;
-    int64_t *panel_segment;
+    int64_t *panel_segment, *largest_first;
     int64_t num_segments, num_panels, num_rows;
     int64_t x_panel, hidden_panel, hidden_row; /* bytes */
     char *packed, *hidden_panels, *hidden_rows;
     float *out; /* [pairs][outputs] */
     int64_t whole, arrived, next[PHASES], tasks[PHASES];
 } job;
+
+static int64_t rows_of(const segment *s) {
+    return s->panel_rows + s->rows;
+}
 
 static int64_t round_up(int64_t n, int64_t step) {
     return (n + step - 1) / step * step;

@@ -2,9 +2,9 @@
 
    A pair is a token t and a slot k, number t * K + k. Pairs are sorted by expert and cut into segments of one expert,
    whose rows lie in panels of VL rows, a few left over as they are (see products.h). Four phases with a barrier after
-   each; threads take tasks from a counter. Where there are many segments for each thread, a thread takes one through
-   phases 0 to 2 by itself. One task computes a value, in an order that depends on the shapes only, so the result is the
-   same bits with any number of threads.
+   each; threads take tasks from a counter. Where the segments can be shared out evenly, a thread takes one through phases
+   0 to 2 by itself, the largest first. One task computes a value, in an order that depends on the shapes only, so the
+   result is the same bits with any number of threads.
 
      0  pack      panel                      x rows of the panel, transposed
      1  up        segment x COLUMNS neurons  hidden = act(x up^T + b), or act(x gate^T + b) * (x up^T + b)
@@ -29,13 +29,14 @@ static void whole(job *shared) {
     int64_t up_blocks = blocks_of(j.width), down_blocks = blocks_of(j.outputs);
     int64_t thread = __atomic_fetch_add(&shared->arrived, 1, __ATOMIC_RELAXED);
     for (int64_t task; (task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.num_segments;) {
-        const segment *s = j.segments + task;
+        int64_t index = j.largest_first[task];
+        const segment *s = j.segments + index;
         j.packed = shared->packed + (thread * SEGMENT_PANELS - s->panel) * j.x_panel;
         j.hidden_panels = shared->hidden_panels + (thread * SEGMENT_PANELS - s->panel) * j.hidden_panel;
         j.hidden_rows = shared->hidden_rows + (thread * ROWS_MAX - s->row) * j.hidden_row;
         for (int64_t p = 0; p < s->panels; p++) pack(&j, s->panel + p);
-        for (int64_t b = 0; b < up_blocks; b++) up(&j, task * up_blocks + b);
-        for (int64_t b = 0; b < down_blocks; b++) down(&j, task * down_blocks + b);
+        for (int64_t b = 0; b < up_blocks; b++) up(&j, index * up_blocks + b);
+        for (int64_t b = 0; b < down_blocks; b++) down(&j, index * down_blocks + b);
     }
 }
 
@@ -52,6 +53,25 @@ static void work(void *data) {
             phases[phase](j, task);
         if (j->barrier && phase < PHASES - 1) j->barrier();
     }
+}
+
+/* Segments by falling number of rows, so that the threads are done at about the same time. */
+static void sort_segments(job *j) {
+    int64_t starts[SEGMENT_PANELS * VL + 2] = {0}, most = SEGMENT_PANELS * VL;
+    for (int64_t i = 0; i < j->num_segments; i++) starts[most - rows_of(j->segments + i) + 1]++;
+    for (int64_t i = 0; i < most; i++) starts[i + 1] += starts[i];
+    for (int64_t i = 0; i < j->num_segments; i++)
+        j->largest_first[starts[most - rows_of(j->segments + i)]++] = i;
+}
+
+/* Whether whole segments can be shared out: a thread's share of the rows must be well above the largest of them. */
+static int divides_well(const job *j, int64_t threads) {
+    int64_t rows = 0, largest = 0;
+    for (int64_t i = 0; i < j->num_segments; i++) {
+        rows += rows_of(j->segments + i);
+        if (largest < rows_of(j->segments + i)) largest = rows_of(j->segments + i);
+    }
+    return threads == 1 || rows >= FAIR_SHARE * threads * largest;
 }
 
 /* Counting sort, and the segments of every expert. `ends` [experts + 1] is scratch. */
@@ -119,15 +139,17 @@ static int run(job *j, int64_t threads, int64_t poison, void (*parallel)(void (*
     /* Every part but the last of an expert holds at least VL rows. */
     int64_t most = least(pairs, j->experts + pairs / VL) + 1;
     int64_t list_bytes = round_up(pairs * 8, 64) + round_up((j->experts + 1) * 8, 64) +
-                         round_up(most * (int64_t)sizeof(segment), 64) + round_up(most * 8, 64);
+                         round_up(most * (int64_t)sizeof(segment), 64) + 2 * round_up(most * 8, 64);
     char *lists = malloc((size_t)list_bytes), *at = lists;
     if (!lists) return NO_MEMORY;
     j->order = (int64_t *)cut(&at, pairs * 8);
     int64_t *ends = (int64_t *)cut(&at, (j->experts + 1) * 8);
     j->segments = (segment *)cut(&at, most * (int64_t)sizeof(segment));
     j->panel_segment = (int64_t *)cut(&at, most * 8);
+    j->largest_first = (int64_t *)cut(&at, most * 8);
     int status = plan(j, ends);
-    j->whole = j->num_segments >= MANY_SEGMENTS * threads;
+    j->whole = divides_well(j, threads);
+    if (j->whole) sort_segments(j);
     int64_t panels = j->whole ? SEGMENT_PANELS * threads : j->num_panels;
     int64_t rows = j->whole ? ROWS_MAX * threads : j->num_rows;
     int64_t bytes = round_up(panels * j->x_panel, 64) + round_up(panels * j->hidden_panel, 64) +

@@ -119,7 +119,8 @@ static void down_panels(job *j, const segment *s, int64_t first, int64_t columns
     const char *w = j->down.data + s->expert * j->down.expert + first * j->down.row;
     for (int64_t done = 0, panels; done < s->panels; done += panels) {
         panels = least(s->panels - done, TILE_PANELS);
-        float z[COLUMNS * TILE_PANELS * VL] = {0};
+        float z[COLUMNS * TILE_PANELS * VL];
+        if (columns % VL) memset(z + columns * panels * VL, 0, (size_t)((VL - columns % VL) * panels * VL) * 4);
         const char *a = j->hidden_panels + (s->panel + done) * j->hidden_panel;
         product_panels(a, j->hidden_panel, w, j->down.row, columns, j->width, (int)j->bf16, panels, done == 0,
                        z);

@@ -43,9 +43,10 @@ def moe_ffn_cpu(
 
 
 def choose_form(x: Tensor, expert_ids: Tensor, experts: Experts) -> str:
-    """The form for these sizes; the same for the same sizes, options and file of costs."""
+    """The form for these sizes and slots in use; the same for the same numbers, options and file of costs."""
     num_experts, width, hidden_size = experts.up_proj.shape
-    tokens, top_k = expert_ids.shape
+    tokens = len(x)
+    top_k = max(1, -(-int((expert_ids >= 0).sum()) // tokens))  # slots may be many and most of them unused
     return _choose(
         current_costs(), tokens, hidden_size, width, experts.down_proj.shape[1], num_experts, top_k,
         experts.gate_proj is not None, x.dtype, kernel.covers(x, experts), torch.get_num_threads(),

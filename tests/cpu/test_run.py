@@ -100,3 +100,12 @@ def test_gradients_of_the_compiled_forward(gated, make_layer):
         y = y.index_add(0, torch.tensor([t]), exact_weights[t, k] * out)
     for a, b in zip(got, torch.autograd.grad(y, exact_inputs, grad.double()), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_slots_that_are_not_used_cost_nothing(make_layer, monkeypatch):
+    """Protects: many slots, most of them unused, get the form of as many as are used; no number overflows."""
+    monkeypatch.setattr(kernel, "covers", lambda *_: False)
+    x, _, ids, experts = make_layer(4096, 64, 96, 64, 8, 2)
+    many = torch.cat([ids, torch.full((4096, 30), -1)], dim=1)
+    assert choose_form(x, many, experts) == choose_form(x, ids, experts)
+    assert choose_form(x, ids.repeat(1, 16), experts)  # more slots than experts, as several heads have

@@ -170,3 +170,38 @@ def test_a_plan_of_another_model(matches: list[FFNMatch]) -> None:
     plan = ConversionPlan((wide, replace(narrow, num_experts=128, top_k=1), head))
     with pytest.raises(SelectionError, match=r"narrow has 70 neurons, too few for num_experts=128.* at most 70 work"):
         fit_plan(plan, matches, CONFIG)
+
+
+def test_widths(matches: list[FFNMatch]) -> None:
+    """Protects: widths that fit, in the plan and in words; those that do not fit leave "auto" dense, and say why."""
+    wide, narrow, head = layers_of(matches, expert_widths=[256, 64, 64, 64, 64], top_k=2)
+    assert wide.expert_widths == (256, 64, 64, 64, 64)
+    assert (wide.num_experts, wide.top_k, wide.num_shared_experts) == (5, 2, 1)
+    assert wide.reason.endswith("experts of 256, 4 x 64 neurons")
+    assert "has 70 neurons, but expert_widths=[256, 64, 64, 64, 64] add up to 512" in narrow.reason
+    assert "overrides={'narrow': {'expert_widths': [...]}}" in narrow.reason
+    assert not head.converts
+    with pytest.raises(SelectionError, match="narrow has 70 neurons, but expert_widths"):
+        layers_of(matches, expert_widths=[256, 256], top_k=1, select="narrow")
+
+
+def test_small_units_do_not_pay(matches: list[FFNMatch]) -> None:
+    """Protects: widths whose common divisor is small stay dense with "auto", and are converted on demand."""
+    assert "made of units of 2 (at least 32)" in layers_of(matches, expert_widths=[500, 2, 10], top_k=1)[0].reason
+    by_name = layers_of(matches, expert_widths=[500, 2, 10], top_k=1, select="wide")
+    assert by_name[0].expert_widths == (500, 2, 10)
+    only_shared_is_odd = layers_of(matches, expert_widths=[130, 191, 191], top_k=2)
+    assert only_shared_is_odd[0].converts
+
+
+def test_overrides_with_and_without_widths(matches: list[FFNMatch]) -> None:
+    """Protects: a number of experts in an override means equal parts again."""
+    layers = layers_of(
+        matches,
+        expert_widths=[256, 256],
+        top_k=1,
+        select="all",
+        overrides={"narrow": {"num_experts": 7}, "head": {"expert_widths": [384, 128]}},
+    )
+    assert [layer.expert_widths for layer in layers] == [(256, 256), (), (384, 128)]
+    assert [layer.num_experts for layer in layers] == [2, 7, 2]

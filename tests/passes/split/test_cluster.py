@@ -20,6 +20,13 @@ def test_every_point_once_and_sizes_equal(points: int, clusters: int) -> None:
     assert int((found < 0).sum()) == clusters * size - points
 
 
+def test_sizes_that_are_given() -> None:
+    """Protects: every cluster gets as many points as it has places, and the padding of the widest."""
+    found = balanced_kmeans(torch.randn(20, 4), 3, seed=0, places=[12, 5, 3])
+    assert (found >= 0).sum(1).tolist() == [12, 5, 3]
+    assert sorted(found[found >= 0].tolist()) == list(range(20))
+
+
 def test_finds_clusters_that_are_there() -> None:
     """Protects: points around 4 far centres end up together."""
     centres = torch.eye(4).repeat_interleave(6, dim=0) * 10
@@ -39,15 +46,20 @@ def test_is_deterministic() -> None:
 @pytest.mark.parametrize("skew", [0.0, 3.0], ids=["even", "one-cluster-is-near-to-all"])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e6])
-def test_the_assignment_is_the_best_one(points: int, clusters: int, skew: float, ties: bool, scale: float) -> None:
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_assignment_is_the_best_one(
+    points: int, clusters: int, skew: float, ties: bool, scale: float, uneven: bool
+) -> None:
     """Protects: the total cost is that of scipy's solver for general costs, however crowded, ties or not."""
     rng = np.random.default_rng(points)
     cost = rng.standard_normal((points, clusters))
     cost[:, 0] -= skew
     cost = scale * (cost.round() if ties else cost)
-    size = -(-points // clusters)
-    labels = assign_balanced(cost, size)
-    assert np.bincount(labels, minlength=clusters).max() <= size
-    repeated = np.repeat(cost, size, axis=1)
+    sizes = np.full(clusters, -(-points // clusters))
+    if uneven:
+        sizes = 1 + rng.multinomial(points - clusters, rng.dirichlet(np.ones(clusters)))
+    labels = assign_balanced(cost, sizes)
+    assert (np.bincount(labels, minlength=clusters) <= sizes).all()
+    repeated = np.repeat(cost, sizes, axis=1)
     best = repeated[linear_sum_assignment(repeated)].sum()
     assert cost[np.arange(points), labels].sum() == pytest.approx(best, abs=1e-9 * scale)

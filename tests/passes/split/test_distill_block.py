@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 
 from sparsify.passes.split.dense_ffn import DenseFFN
-from sparsify.passes.split.distill_block import distill_block
-from sparsify.passes.split.experts import Experts, divide
+from sparsify.passes.split.distill_block import _Block, distill_block  # pyright: ignore[reportPrivateUsage]
+from sparsify.passes.split.experts import Experts, divide_unevenly
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.routers import MLPRouter, UnitRouter
 
 
-def setup(dense: DenseFFN, num_shared: int, tokens: int = 2000) -> tuple[Experts, UnitRouter, Tensor, Tensor]:
-    """Four experts of six neurons by lot, a random router, tokens and their outputs."""
+def setup(
+    dense: DenseFFN, num_shared: int, tokens: int = 2000, sizes: tuple[int, ...] | None = None
+) -> tuple[Experts, UnitRouter, Tensor, Tensor]:
+    """Four experts of six neurons by lot, or of `sizes` units of three; a random router, tokens and their outputs."""
     torch.manual_seed(0)
     neurons, x = torch.randperm(24).view(4, 6), torch.randn(tokens, 7)
-    experts = fold_mean(divide(dense, neurons, num_shared), dense.hidden(x).mean(0)[neurons[num_shared:]])
-    router = MLPRouter(7, 4 - num_shared, 1, 8).requires_grad_(False)
+    shared, routed = neurons[:num_shared].flatten(), neurons[num_shared:]
+    routed = routed if sizes is None else routed.reshape(-1, 3)
+    experts = fold_mean(divide_unevenly(dense, shared, routed, sizes), dense.hidden(x).mean(0)[routed])
+    router = MLPRouter(7, experts.num_routed, 1, 8).requires_grad_(False)
     return experts, router, x, dense(x)
 
 
@@ -26,19 +30,44 @@ def squared_error(experts: Experts, router: UnitRouter, x: Tensor, target: Tenso
     return float((experts(x, router(x)[1]) - target).square().sum())
 
 
-@pytest.mark.parametrize("num_shared", [0, 1])
-def test_the_error_falls(dense: DenseFFN, num_shared: int) -> None:
+@pytest.mark.parametrize(("num_shared", "sizes"), [(0, None), (1, None), (0, (4, 1, 2, 1)), (1, (1, 3, 2))])
+def test_the_error_falls(dense: DenseFFN, num_shared: int, sizes: tuple[int, ...] | None) -> None:
     """Protects: training, and that its result is put back in the right places (the experts run through the ops)."""
-    experts, router, x, target = setup(dense, num_shared)
+    experts, router, x, target = setup(dense, num_shared, sizes=sizes)
     before = squared_error(experts, router, x, target)
     trained, learned = distill_block(experts, router, x, target, torch.ones(2000), steps=60, seed=0)
     assert squared_error(trained, learned, x, target) < 0.9 * before
     assert squared_error(experts, router, x, target) == before  # the originals stay
 
 
-def test_no_step_changes_nothing(dense: DenseFFN) -> None:
+@pytest.mark.parametrize("sizes", [None, (1, 3, 2)])
+def test_gains_are_those_of_running_an_expert(dense: DenseFFN, sizes: tuple[int, ...] | None) -> None:
+    """Protects: what a router learns from: by how much the squared error falls with an expert, whatever its width."""
+    experts, router, x, target = setup(dense, 1, tokens=9, sizes=sizes)
+    block = _Block(experts, router)
+    ids = router(x)[1]
+    chosen = torch.zeros(9, 3).scatter_(1, ids, 1.0)
+    routed = experts.activation(*_flat_inputs(experts, x))
+    gains = block._gains(routed, target - experts(x, ids), chosen)  # pyright: ignore[reportPrivateUsage]
+    for e in range(3):
+        without = torch.where(ids == e, -1, ids)  # one expert a token runs, or none
+        added = torch.cat([without, torch.full_like(ids, e)], dim=1)
+        before, after = ((experts(x, given) - target).square().sum(1) for given in (without, added))
+        torch.testing.assert_close(gains[:, e], before - after, rtol=1e-3, atol=1e-4)
+
+
+def _flat_inputs(experts: Experts, x: Tensor) -> list[Tensor]:
+    """What the activation reads for all routed neurons: `[T, U * m]` each."""
+    biases = [None if bias is None else bias.flatten() for bias in experts.projection_biases]
+    weights = [weight.flatten(0, 1) for weight in experts.projections]
+    projected = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    return [*projected, *(v.flatten() if v.dim() == 2 else v for v in experts.vectors)]
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 3, 2)])
+def test_no_step_changes_nothing(dense: DenseFFN, sizes: tuple[int, ...] | None) -> None:
     """Protects: the way from experts to flat tensors and back."""
-    experts, router, x, target = setup(dense, 1)
+    experts, router, x, target = setup(dense, 1, sizes=sizes)
     same, _ = distill_block(experts, router, x, target, torch.ones(2000), steps=0, seed=0)
     torch.testing.assert_close(same(x, router(x)[1]), experts(x, router(x)[1]))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsify.passes.split.dense_ffn import DenseFFN
-from sparsify.passes.split.experts import divide
+from sparsify.passes.split.experts import divide, divide_unevenly
 
 
 @pytest.mark.parametrize(("num_experts", "num_shared"), [(1, 0), (4, 0), (4, 1), (6, 2), (24, 5)])
@@ -16,6 +16,20 @@ def test_exact_with_every_expert_on(dense: DenseFFN, num_experts: int, num_share
     x = torch.randn(13, 7)
     everyone = torch.arange(experts.num_routed).expand(13, -1)
     torch.testing.assert_close(experts(x, everyone), dense(x), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_of_several_units(dense: DenseFFN) -> None:
+    """Protects: an expert is all its units, with its weight, and the shared one has any width."""
+    order, x = torch.randperm(24), torch.randn(6, 7)
+    routed = order[6:].view(6, 3)
+    experts = divide_unevenly(dense, order[:6], routed, (1, 3, 2))
+    assert (experts.num_routed, experts.num_units, experts.widths) == (3, 6, (3, 9, 6))
+    ids, weights = torch.tensor([[0, 1], [2, 1], [1, -1], [-1, -1], [2, 0], [0, 2]]), torch.rand(6, 2)
+    hidden, gate = dense.hidden(x), torch.zeros(6, 24)
+    gate[:, order[:6]] = 1
+    for t, k in ((t, k) for t in range(6) for k in range(2) if ids[t, k] >= 0):
+        gate[t, routed.flatten().split([3, 9, 6])[int(ids[t, k])]] += weights[t, k]
+    torch.testing.assert_close(experts(x, ids, weights), dense.down(hidden * gate), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_adds_nothing(dense: DenseFFN) -> None:

@@ -8,26 +8,31 @@ import torch
 from torch import Tensor
 
 from sparsify.passes.split.dense_ffn import DenseFFN
-from sparsify.passes.split.experts import Experts, divide
+from sparsify.passes.split.experts import Experts, divide_unevenly
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.refit import refit
 
 ONES = torch.ones(400)
 
 
-def setup(dense: DenseFFN, num_shared: int) -> tuple[Experts, Tensor, Tensor, Tensor]:
-    """Folded experts, means in their order, 400 tokens, and two experts for each."""
+def setup(
+    dense: DenseFFN, num_shared: int, sizes: tuple[int, ...] | None = None
+) -> tuple[Experts, Tensor, Tensor, Tensor]:
+    """Folded experts (of six neurons, or of units of three), means in their order, 400 tokens, two experts for each."""
     neurons, x = torch.randperm(24).view(4, 6), torch.randn(400, 7)
     mean = dense.hidden(x).mean(0)[neurons]
-    experts = fold_mean(divide(dense, neurons, num_shared), mean[num_shared:])
+    unit = 6 if sizes is None else 3
+    routed = neurons[num_shared:].reshape(-1, unit)
+    experts = divide_unevenly(dense, neurons[:num_shared].flatten(), routed, sizes)
+    experts = fold_mean(experts, mean[num_shared:].reshape(-1, unit))
     ids = torch.rand(400, experts.num_routed).argsort(1)[:, :2]
     return experts, mean.flatten(), x, ids
 
 
 def test_is_the_minimum(dense: DenseFFN) -> None:
     """Protects: the solution; at the minimum the gradient of the loss is zero."""
-    for num_shared in (0, 1):
-        experts, mean, x, ids = setup(dense, num_shared)
+    for num_shared, sizes in ((0, None), (1, None), (0, (4, 1, 2, 1)), (1, (1, 3, 2))):
+        experts, mean, x, ids = setup(dense, num_shared, sizes)
         fitted = refit(experts, mean, x, dense(x), ONES, ids, ridge=1e-6)
         assert fitted.expert_bias is not None
         down, bias = (tensor.clone().requires_grad_() for tensor in (fitted.down, fitted.expert_bias))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsify.passes.split.dense_ffn import DenseFFN
-from sparsify.passes.split.experts import divide
+from sparsify.passes.split.experts import divide, divide_unevenly
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.train_router import expert_norms, train_router
 
@@ -16,6 +16,17 @@ def test_norms(dense: DenseFFN) -> None:
     hidden, mean = dense.hidden(x), dense.hidden(x).mean(0)
     experts = fold_mean(divide(dense, neurons, 0), mean[neurons])
     deviations = [(hidden - mean)[:, part] @ dense.down.weight[:, part].t() for part in neurons]
+    expected = torch.stack([deviation.norm(dim=1) for deviation in deviations], dim=1)
+    torch.testing.assert_close(expert_norms(experts, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_experts_of_several_units(dense: DenseFFN) -> None:
+    """Protects: the norm is that of the whole expert, not a sum over its units."""
+    neurons, x, sizes = torch.randperm(24).view(8, 3), torch.randn(9, 7), (4, 1, 2, 1)
+    hidden, mean = dense.hidden(x), dense.hidden(x).mean(0)
+    experts = fold_mean(divide_unevenly(dense, neurons[:0].flatten(), neurons, sizes), mean[neurons])
+    parts = neurons.flatten().split([3 * size for size in sizes])
+    deviations = [(hidden - mean)[:, part] @ dense.down.weight[:, part].t() for part in parts]
     expected = torch.stack([deviation.norm(dim=1) for deviation in deviations], dim=1)
     torch.testing.assert_close(expert_norms(experts, x), expected, rtol=1e-4, atol=1e-5)
 
