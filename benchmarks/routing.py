@@ -188,16 +188,18 @@ TASKS: dict[str, Callable[[], Task]] = {"gpt": gpt, "vit": vit}
 def settings(name: str, tokens: int) -> dict[str, Any]:
     """Options of the conversion: copies of the FFN where the system allows it, exact at the start where it can be.
 
-    Soft MoE has as many slots as an input has tokens, so that it costs what the dense model does.
+    Soft MoE has as many slots as an input has tokens, so that it costs what the dense model does; Lory cuts an input
+    into four segments or five.
     """
     router = next(router for router in ROUTERS if router.system.name == name)
     if issubclass(router, UnitRouter):
         return {"router": name, "start": "split", "num_experts": EXPERTS, "top_k": EXPERTS // 2}
     experts = COUNTS.get(name, EXPERTS)
     top_k = tokens // experts if name == "soft-moe" else router.default_top_k
-    made = make_router(name, 8, experts, top_k, {}, seed=0)
-    given = {"router": name, "start": "upcycle", "num_experts": experts, "top_k": top_k}
-    return {**given, "exact_start": made.start_sum is None}
+    options = {"segment_size": tokens // 4} if name == "lory" else {}
+    made = make_router(name, 8, experts, top_k, options, seed=0)
+    given = {"router": name, "start": "upcycle", "num_experts": experts, "top_k": top_k, "router_options": options}
+    return {**{key: value for key, value in given.items() if value}, "exact_start": made.start_sum is None}
 
 
 def _try(task: Task, name: str, seed: int, output: Path) -> str | None:
@@ -315,8 +317,10 @@ def _compute(task: Task, sparse: SparseModel, needs: Sequence[str]) -> dict[str,
     """Balance and FLOPs at inference, on the held-out data; experts by the rows that reach them."""
     sparse.eval()
     stats = sparse.routing_stats(((batch.inputs,), _labels(batch, needs)) for batch in task.held_out)
-    flops = 0.0
+    flops = float(sum(ffn.flops_after for ffn in sparse.report.ffns if sparse.routers[ffn.name].merges))
     for layer in stats.layers:
+        if sparse.routers[layer.name].merges:
+            continue
         experts, router = (sparse.get_submodule(f"{layer.name}.{part}") for part in ("experts", "router"))
         flops += layer.experts_per_token * _products(experts, 3) / len(layer.tokens_per_expert) + _products(router, 2)
         if f"{layer.name}.shared" in dict(sparse.named_modules()):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsify.passes.calibrate import Call, as_call
 from sparsify.passes.capture import evaluation_mode
@@ -194,7 +195,7 @@ class RoutingRecorder:
     def stats(self) -> RoutingStats:
         """What was recorded."""
         found = [(name, routes) for name, routes in self._routes.items() if routes]
-        return RoutingStats(tuple(self._summarise(name, torch.cat(routes)) for name, routes in found))
+        return RoutingStats(tuple(self._summarise(name, _join(routes)) for name, routes in found))
 
     def _summarise(self, name: str, expert_ids: Tensor) -> LayerRouting:
         num_experts, ids, mixed = self._num_experts[name], self._ids[name], self._mixed[name]
@@ -245,6 +246,12 @@ def routing_stats(sparse: SparseModel, batches: Iterable[object]) -> RoutingStat
             recorder.start(call)
             sparse(*call.args, **call.kwargs)
     return recorder.stats()
+
+
+def _join(routes: Sequence[Tensor]) -> Tensor:
+    """`[T, K]` of parts of fewer slots each: the K of annealed routers falls from step to step."""
+    slots = max(part.shape[1] for part in routes)
+    return torch.cat([pad(part, (0, slots - part.shape[1]), value=-1) for part in routes])
 
 
 def _token_ids(call: Call | None, tokens: int) -> Tensor | None:

@@ -71,6 +71,15 @@ def test_collapse_and_balance() -> None:
         even.top_ids(0)
 
 
+def test_fewer_slots_from_call_to_call() -> None:
+    """Protects: the K of an annealed router falls while routes are recorded."""
+    recorder = RoutingRecorder({"ffn": 3})
+    recorder.add("ffn", torch.tensor([[0, 1, 2]]))
+    recorder.add("ffn", torch.tensor([[2, 1]]))
+    (layer,) = recorder.stats().layers
+    assert (layer.tokens_per_expert, layer.slots, layer.unrouted_tokens) == ((1, 2, 2), 3, 0)
+
+
 def test_mixtures_are_counted_by_token() -> None:
     """Protects: six mixtures of twelve tokens are half an expert a token, and no token is left out."""
     recorder = RoutingRecorder({"soft": 3})
