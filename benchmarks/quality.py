@@ -27,7 +27,7 @@ from quality_methods import METHODS, Method, ffn_size, importance_by_layer, rout
 from quality_subjects import Subject, load_subject
 from quality_tables import plot, tables
 
-from sparsify import SparseModel, distill, sparsify
+from sparsify import SparseModel, SparsifyConfig, distill, sparsify
 from sparsify.bench import describe_machine, read_machine
 from sparsify.models.text import Split
 
@@ -45,6 +45,7 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(METHODS)}")] = None,
     seeds: int = 3,
     distill_minutes: Annotated[float, typer.Option(help="of light training after the conversion, end to end")] = 0,
+    effort: Annotated[int, typer.Option(help="times the calibration text and the steps of the training in blocks")] = 1,
     split: Annotated[str, typer.Option(help="held_out, or development to choose options by")] = "held_out",
     eval_text: Annotated[Path | None, typer.Option(help="judge on this text instead")] = None,
     out: Path = Path("out/quality"),
@@ -59,8 +60,8 @@ def main(
     table: dict[str, Any] = {"machine": describe_machine(read_machine(with_onnxruntime=False)), "data": subject.data}
     table["dense"] = {name: evaluate(subject.model) for name, evaluate in subject.metrics.items()}
     table["cells"] = json.loads(file.read_text())["cells"] if file.is_file() else []
-    for key in _cells(budget or _BUDGETS, method or list(METHODS), seeds, distill_minutes, subject.data):
-        if any(all(cell[name] == value for name, value in key.items()) for cell in table["cells"]):
+    for key in _cells(budget or _BUDGETS, method or list(METHODS), seeds, distill_minutes, effort, subject.data):
+        if any(all(cell.get(name, 1) == value for name, value in key.items()) for cell in table["cells"]):
             continue
         cell = key | _cell(subject, METHODS[key["method"]], key)
         print(json.dumps(cell), flush=True)
@@ -73,16 +74,17 @@ def main(
 
 
 def _cells(
-    budgets: tuple[float, ...] | list[float], methods: list[str], seeds: int, minutes: float, data: str
+    budgets: tuple[float, ...] | list[float], methods: list[str], seeds: int, minutes: float, effort: int, data: str
 ) -> Iterator[dict[str, Any]]:
     for budget in budgets:
         for method in methods:
             for seed in range(seeds):
-                yield {"budget": budget, "method": method, "seed": seed, "minutes": minutes, "data": data}
+                own = {"budget": budget, "method": method, "seed": seed}
+                yield own | {"minutes": minutes, "effort": effort, "data": data}
 
 
 def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, Any]:
-    batches = subject.calibration(key["seed"])
+    batches = subject.calibration(key["seed"], key["effort"])
     _reset_peak()
     before, start = _peak(), time.perf_counter()
     sparse = _convert(subject, method, key, batches)
@@ -121,7 +123,8 @@ def _rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: list[Any]) -> SparseModel:
     size = ffn_size(subject)
     experts = max(16, size.neurons // _EXPERT_SIZE)
-    options: dict[str, Any] = {**method.options, "num_experts": experts, "select": "all", "seed": key["seed"]}
+    more = {name: key["effort"] * getattr(SparsifyConfig, name) for name in ("distill_steps", "max_calibration_tokens")}
+    options: dict[str, Any] = {**more, **method.options, "num_experts": experts, "select": "all", "seed": key["seed"]}
     options["router_hidden_size"] = router_width(size.hidden)
     if method.allocates:
         return sparsify(subject.model, (), subject.example, calibration=batches, budget=key["budget"], **options)

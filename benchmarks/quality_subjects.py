@@ -35,7 +35,7 @@ class Subject:
         name: as on the command line.
         model: in evaluation mode.
         example: keyword inputs to trace with.
-        calibration: the batches of a seed.
+        calibration: the batches of a seed, and of so many times the usual text.
         metrics: name -> score of a callable with the signature of the model; the first one decides.
         higher_is_better: of the first metric.
         timed: keyword inputs of the call that is timed.
@@ -45,7 +45,7 @@ class Subject:
     name: str
     model: nn.Module
     example: dict[str, Tensor]
-    calibration: Callable[[int], list[Batch]]
+    calibration: Callable[[int, int], list[Batch]]
     metrics: dict[str, Callable[[Callable[..., Any]], float]]
     higher_is_better: bool
     timed: dict[str, Tensor]
@@ -74,8 +74,8 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
     sentences = texts.sentences(400, split=split) if eval_text is None else sentences_from_file(eval_text)[:400]
     judged = list(sentence_batches(tokenizer, sentences))
 
-    def calibration(seed: int) -> list[Batch]:
-        return list(sentence_batches(tokenizer, texts.sentences(1200, seed=seed)))
+    def calibration(seed: int, times: int = 1) -> list[Batch]:
+        return list(sentence_batches(tokenizer, texts.sentences(1200 * times, seed=seed)))
 
     return Subject(
         name="minilm",
@@ -98,8 +98,9 @@ def _smollm2(split: Split, eval_text: Path | None) -> Subject:
     text = "\n\n".join(texts.passages(16, characters=1500, split=split)) if eval_text is None else _read(eval_text)
     judged = _token_batches(tokenizer, text, 16)
 
-    def calibration(seed: int) -> list[Batch]:
-        return _token_batches(tokenizer, "\n\n".join(texts.passages(64, characters=1500, seed=seed)), 64)
+    def calibration(seed: int, times: int = 1) -> list[Batch]:
+        text = "\n\n".join(texts.passages(64 * times, characters=1500, seed=seed))
+        return _token_batches(tokenizer, text, 64 * times)
 
     return Subject(
         name="smollm2",
@@ -125,9 +126,9 @@ def _gpt(split: Split, eval_text: Path | None) -> Subject:
     judged = [{"input_ids": part} for part in _bytes(text)[: 64 * 128].view(-1, 128).split(16)]
     _train(model, lambda ids: (ids, ids), _draws(train, 128, 16), 600)
 
-    def calibration(seed: int) -> list[Batch]:
+    def calibration(seed: int, times: int = 1) -> list[Batch]:
         draws = _draws(train, 128, 16, seed)
-        return [{"input_ids": next(draws)} for _ in range(16)]
+        return [{"input_ids": next(draws)} for _ in range(16 * times)]
 
     return Subject(
         name="gpt",
@@ -167,7 +168,7 @@ def _vit(split: Split, eval_text: Path | None) -> Subject:
         name="vit",
         model=model,
         example={"images": x[:2]},
-        calibration=lambda seed: [{"images": part} for part in x.split(128)],
+        calibration=lambda seed, times: [{"images": part} for part in x.split(128)],
         metrics={
             "accuracy": lambda function: score(function, labels[judged]),
             "agreement": lambda function: score(function, dense_choice),

@@ -50,8 +50,9 @@ def plot(table: dict[str, Any], higher_is_better: bool, file: Path) -> None:
 def _groups(cells: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
+        effort = f", effort {cell['effort']}" if cell.get("effort", 1) > 1 else ""
         trained = f" + {cell['minutes']:g} min of distill" if cell["minutes"] else ""
-        groups.setdefault(cell["method"] + trained, []).append(cell)
+        groups.setdefault(cell["method"] + effort + trained, []).append(cell)
     return groups
 
 

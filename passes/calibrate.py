@@ -118,7 +118,7 @@ class CalibrationStream:
         last_use = {arg: node for node in todo for arg in node.all_input_nodes}
         for environment in self._environments:
             self._run(todo, environment, last_use, needed)
-            trim_heap()
+        trim_heap()  # after each batch it would cost a third of the time, as fresh pages do
 
     def _run(
         self, todo: Sequence[Node], environment: dict[Node, Any], last_use: Mapping[Node, Node], needed: set[Node]

@@ -280,7 +280,6 @@ def _sample(
         for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
             target = target + (dense_residual - residual)  # not in place: without a mask it is a view of the stream
         found.append([x, target, _variance(target, residuals), *ids])
-        trim_heap()
     x, target, variance, *ids = [torch.cat([parts.pop(0) for parts in found]) for _ in range(len(found[0]))]
     return Sample(x, target, _weights(variance), ids[0] if ids else None)
 

@@ -28,6 +28,8 @@ from sparsify.passes.split.experts import Experts, divide_unevenly, take_neurons
 from sparsify.passes.split.fold_vectors import fold_function
 from sparsify.routers import MLPRouter
 
+Call = Callable[[Tensor], Tensor]
+
 _ROUNDS = 9
 _BATCHES = 4  # tokens and routing differ from round to round, as in a model
 _SECONDS = 2.0  # no further round once an FFN took this long
@@ -80,11 +82,15 @@ def time_layer(match: FFNMatch, config: SparsifyConfig, tokens: int) -> LayerTim
     predicted = predict_layer(match, config, tokens)
     if match.device == "meta":
         return predicted
-    function, vectors = fold_function(match)
-    named = name_activation(function, len(match.projections), vectors)
-    subject = _Subject(match, function, vectors, named, config)
-    dense, experts = _measure(subject, tokens, torch.get_num_threads())
+    dense, experts = _measure(_subject(match, config), tokens, torch.get_num_threads())
     return replace(predicted, dense=dense, experts=experts)
+
+
+def layer_calls(match: FFNMatch, config: SparsifyConfig) -> tuple[Call, Call]:
+    """What `time_layer` times: the FFN, and router, experts and shared experts, each from `[T, D]` to `[T, O]`."""
+    subject = _subject(match, config)
+    dense = _random_ffn(subject)
+    return dense, _runner(subject, dense)
 
 
 def predict_layer(match: FFNMatch, config: SparsifyConfig, tokens: int) -> LayerTime:
@@ -146,6 +152,11 @@ class _Subject:
         return hash(self.key)
 
 
+def _subject(match: FFNMatch, config: SparsifyConfig) -> _Subject:
+    function, vectors = fold_function(match)
+    return _Subject(match, function, vectors, name_activation(function, len(match.projections), vectors), config)
+
+
 @functools.lru_cache(maxsize=1024)
 @torch.no_grad()
 def _measure(subject: _Subject, tokens: int, threads: int) -> tuple[float, float]:
@@ -166,7 +177,7 @@ def _measure(subject: _Subject, tokens: int, threads: int) -> tuple[float, float
     return statistics.median(a for a, _ in seconds), statistics.median(b for _, b in seconds)
 
 
-def _seconds(layer: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def _seconds(layer: Call, x: Tensor) -> float:
     start = time.perf_counter()
     layer(x)
     if x.is_cuda:
@@ -187,7 +198,7 @@ def _random_ffn(subject: _Subject) -> DenseFFN:
     return DenseFFN(projections, vectors, subject.function, down, requires_grad=False)
 
 
-def _runner(subject: _Subject, dense: DenseFFN) -> Callable[[Tensor], Tensor]:
+def _runner(subject: _Subject, dense: DenseFFN) -> Call:
     """Router, experts and shared experts as a converted model runs them."""
     match, config = subject.match, subject.config
     widths = config.widths_of(match.intermediate_size)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from sparsify.passes.split.fold_vectors import fold_vectors
 from sparsify.passes.split.statistics import importance, measure_neurons
 
 _TOKENS = 4096  # that run through the dense model
+_STEPS = 8  # of the number of shared experts: each takes a clustering
 _MEASURED = 512  # of them, for the errors: [512, E, D_out]
 
 
@@ -92,34 +94,35 @@ def _choices(
     rows = torch.arange(0, len(x), -(-len(x) // _MEASURED))
     hidden = dense(x[rows]) + sum(residual[rows] for residual in residuals)
     weight = 1 / (hidden.square().sum(1) + torch.finfo(hidden.dtype).tiny) / len(rows)
-    num_shared = 1 if config.num_experts > 2 else 0
     statistics = measure_neurons(dense, x)
     scores = importance(dense, statistics)
-    routed = choose_neurons(activation_profiles(dense, x), scores, config.num_experts, num_shared, config.seed)
-    size = routed.shape[1]
-    pruned = torch.full((config.num_experts * size,), -1)
-    pruned[: len(scores)] = scores.argsort(descending=True, stable=True)
     mean = statistics.mean.to(x.dtype)
-    by_expert = _outputs(dense, x[rows], routed, mean)[:, num_shared:]
-    order = by_expert.square().sum(2).argsort(dim=1, descending=True)
-    by_norm = by_expert.gather(1, order.unsqueeze(2).expand_as(by_expert))
-    by_importance = _outputs(dense, x[rows], pruned.view(-1, size), mean)
+    num_experts = config.num_experts
     macs = match.flops_per_token / 2 * len(match.sites)
-    part = macs / config.num_experts
-    router = config.router_hidden_size * (match.hidden_size + config.num_experts - num_shared) * len(match.sites)
-    return [
-        Choice(0, 0, 0, macs, 0.0),
-        *(
-            Choice(k + num_shared, num_shared, config.num_experts, (k + num_shared) * part + router, error)
-            for k, error in enumerate(_errors(by_norm, weight))
-            if 0 < k < by_norm.shape[1]
-        ),
-        *(
-            Choice(k, k, config.num_experts, k * part, error)
-            for k, error in enumerate(_errors(by_importance, weight))
-            if 0 < k < config.num_experts
-        ),
-    ]
+    part = macs / num_experts
+    found = [Choice(0, 0, 0, macs, 0.0)]
+    profiles = activation_profiles(dense, x)
+    for num_shared, counts in _routed_counts(config).items():
+        parts = choose_neurons(profiles, scores, num_experts, num_shared, config.seed)
+        by_expert = _outputs(dense, x[rows], parts, mean)[:, num_shared:]
+        order = by_expert.square().sum(2).argsort(dim=1, descending=True)
+        errors = _errors(by_expert.gather(1, order.unsqueeze(2).expand_as(by_expert)), weight)
+        router = config.router_hidden_size * (match.hidden_size + num_experts - num_shared) * len(match.sites)
+        found += [Choice(k, num_shared, num_experts, k * part + router, errors[k - num_shared]) for k in counts]
+    pruned = torch.full((num_experts * -(-len(scores) // num_experts),), -1)
+    pruned[: len(scores)] = scores.argsort(descending=True, stable=True)
+    errors = _errors(_outputs(dense, x[rows], pruned.view(num_experts, -1), mean), weight)
+    return found + [Choice(k, k, num_experts, k * part, errors[k]) for k in range(1, num_experts)]
+
+
+def _routed_counts(config: SparsifyConfig) -> dict[int, list[int]]:
+    """The numbers of parts that may run, by how many of them are shared: as by default, in a few steps."""
+    step = max(1, config.num_experts // _STEPS)
+    found: dict[int, list[int]] = {}
+    for k in range(min(2, config.num_experts - 1), config.num_experts):
+        default = replace(config, top_k=k, num_shared_experts=None).shared
+        found.setdefault(max(min(1, k - 1), default // step * step), []).append(k)
+    return found
 
 
 def _outputs(dense: DenseFFN, x: Tensor, parts: Tensor, mean: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def convert(
     ] = None,
     shared: Annotated[
         int | None,
-        typer.Option(help="Parts among the top-k that run for every token.", show_default="1 if 1 < top-k < experts"),
+        typer.Option(help="Parts among the top-k that run for every token.", show_default="top-k squared over experts"),
     ] = None,
     widths: Annotated[
         str | None,

@@ -69,8 +69,8 @@ class SparsifyConfig:
             FFN for every token beside experts whose output starts at zero.
         num_experts: equal parts that the neurons of an FFN are divided into, shared experts included; or its copies.
         top_k: experts that run for a token, shared experts included; of a split, `top_k / num_experts` is computed.
-        num_shared_experts: parts that run for every token. None: one where `1 < top_k < num_experts`, else none. As
-            many as `top_k`: static pruning, no part is routed. Only for "split".
+        num_shared_experts: parts that run for every token. As many as `top_k`: static pruning, no part is routed. None:
+            see `shared`. Only for "split".
         expert_widths: neurons of each part, shared experts first, where they are not to be equal; `num_experts` follows
             from it. Their sum is that of the FFN's neurons; give FFNs of another size widths of their own in
             `overrides`. Routed experts are made of equal units, as large as the greatest common divisor of their widths
@@ -178,10 +178,17 @@ class SparsifyConfig:
 
     @property
     def shared(self) -> int:
-        """`num_shared_experts` with None resolved."""
+        """`num_shared_experts` with None resolved: none where nothing can be routed beside them, else at least one.
+
+        Of equal parts behind the router "mlp" it is the share of K that K is of E, rounded up: the more runs, the more
+        of it should always run (docs/quality.md).
+        """
         if self.num_shared_experts is not None:
             return self.num_shared_experts
-        return 1 if self.start == "split" and 1 < self.top_k < self.num_experts else 0
+        if self.start != "split" or not 1 < self.top_k < self.num_experts:
+            return 0
+        grows = self.router_name == "mlp" and self.expert_widths is None
+        return min(self.top_k - 1, -(-self.top_k**2 // self.num_experts)) if grows else 1
 
     @property
     def router_name(self) -> str:

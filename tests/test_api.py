@@ -17,7 +17,7 @@ from sparsify.models.gpt import GPT, GPTConfig
 from sparsify.models.llama import Llama, LlamaConfig
 
 IDS = torch.randint(0, 256, (2, 9))
-OPTIONS: dict[str, Any] = {"num_experts": 8, "top_k": 3, "router_hidden_size": 8}
+OPTIONS: dict[str, Any] = {"num_experts": 8, "top_k": 3, "num_shared_experts": 1, "router_hidden_size": 8}
 MODELS = {
     "bert": lambda: Bert(BertConfig()),
     "gpt": lambda: GPT(GPTConfig()),
@@ -254,7 +254,7 @@ def test_select_end_to_end() -> None:
 def test_a_plan_is_edited_and_applied() -> None:
     """Protects: the plan of `inspect`, through JSON and an edit, is what happens; one of another model is refused."""
     model = Bert(BertConfig()).eval()
-    document = inspect(model, (IDS,)).plan(num_experts=8, top_k=3).to_json()
+    document = inspect(model, (IDS,)).plan(num_experts=8, top_k=3, num_shared_experts=1).to_json()
     document["layers"][0]["num_experts"] = 0
     document["layers"][1] |= {"num_experts": 4, "top_k": 2}
     plan = ConversionPlan.from_json(document)

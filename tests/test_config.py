@@ -57,11 +57,13 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "top_k", "shared"), [(16, 4, 1), (16, 1, 0), (16, 16, 0), (1, 1, 0), (8, 2, 1)]
+    ("num_experts", "top_k", "shared"),
+    [(16, 4, 1), (16, 1, 0), (16, 16, 0), (1, 1, 0), (8, 2, 1), (16, 8, 4), (8, 6, 5), (8, 7, 6), (16, 15, 14)],
 )
 def test_shared_experts_by_default(num_experts: int, top_k: int, shared: int) -> None:
-    """Protects: one shared expert where routing leaves room for it."""
+    """Protects: shared experts where routing leaves room for them, and at least one routed beside them."""
     assert SparsifyConfig(num_experts=num_experts, top_k=top_k).shared == shared
+    assert SparsifyConfig(num_experts=num_experts, top_k=top_k, router="top-k").shared == min(1, shared)
 
 
 def test_is_frozen() -> None:
@@ -89,7 +91,7 @@ def test_later_overrides_win_field_by_field() -> None:
     overrides = {"*.1*": {"num_experts": 32, "top_k": 8}, "*.11.*": {"top_k": 12, "num_shared_experts": 0}}
     config = SparsifyConfig(num_experts=16, top_k=4, seed=7, overrides=overrides)
     found = [config.for_layer(f"layers.{i}.ffn") for i in (0, 1, 11)]
-    assert [(own.num_experts, own.top_k, own.shared) for own in found] == [(16, 4, 1), (32, 8, 1), (32, 12, 0)]
+    assert [(own.num_experts, own.top_k, own.shared) for own in found] == [(16, 4, 1), (32, 8, 2), (32, 12, 0)]
     assert all(own.seed == 7 and not own.overrides for own in found)
 
 

@@ -1,0 +1,51 @@
+"""`measure_choices`: what every number of parts costs, with shared ones much as a conversion would have them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sparsify import SparsifyConfig
+from sparsify.passes.calibrate import Call
+from sparsify.passes.capture_parts import capture_parts
+from sparsify.passes.choices import Choice
+from sparsify.passes.find_ffns import find_ffns
+from sparsify.passes.measure_choices import measure_choices
+from sparsify.passes.plan import make_plan
+
+
+def choices_of(num_experts: int) -> tuple[Choice, ...]:
+    """Of an FFN of 24 features and 96 neurons."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 24)).eval(), torch.randn(64, 24)
+    (part,) = find_ffns(model, capture_parts(model, (x,), {}), (x,), {}).parts
+    config = SparsifyConfig(num_experts=num_experts, select="all", top_k=1)
+    plan = make_plan(part.matches, config)
+    (found,) = measure_choices(part.graph_module, part.matches, plan, config, [Call((x,), {}, None)])
+    return found.sparse
+
+
+def test_every_number_of_parts_is_offered_once_a_way() -> None:
+    """Protects: no number is lost between the clusterings; at least one part is routed beside the shared ones."""
+    for num_experts in (2, 3, 8, 24):
+        found = choices_of(num_experts)
+        routed = [choice.top_k for choice in found if choice.way == "routed"]
+        assert routed == list(range(min(2, num_experts - 1), num_experts))
+        assert [choice.top_k for choice in found if choice.way == "pruned"] == list(range(1, num_experts))
+
+
+def test_the_more_runs_the_more_is_shared() -> None:
+    """Protects: what a budget is spent by is what the conversion then does, to an eighth of the parts."""
+    for choice in choices_of(24):
+        default = SparsifyConfig(num_experts=24, top_k=choice.top_k).shared
+        assert choice.way == "pruned" or 0 <= default - choice.num_shared < 24 / 8
+
+
+def test_errors_fall_with_the_parts_that_run() -> None:
+    """Protects: errors belong to their parts: more of the same parts lose less, and choosing by token loses less."""
+    found = choices_of(8)
+    pruned = [choice.error for choice in found if choice.way == "pruned"]
+    assert pruned == sorted(pruned, reverse=True)
+    for choice in found:
+        if choice.way == "routed":
+            assert choice.error < pruned[choice.top_k - 1]
