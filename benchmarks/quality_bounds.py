@@ -66,7 +66,7 @@ def _convert(subject: Subject, split: Callable[..., SplitResult], experts: int, 
     hidden_size = next(iter(subject.model.parameters())).shape[1]
     options: dict[str, Any] = {"num_experts": experts, "top_k": round(share * experts), "select": "all"}
     options |= {"router_hidden_size": router_width(hidden_size), "distill_steps": 0}
-    batches = subject.calibration(0)
+    batches = subject.calibration(0, 1)
     with (
         mock.patch("sparsify.passes.make_experts.split_ffn", split),
         mock.patch("sparsify.passes.convert.InsertMoEPass", _Insert),
