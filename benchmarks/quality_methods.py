@@ -317,7 +317,8 @@ METHODS: dict[str, Method] = {
     ),
     "ours, closed form": Method("the same without training", split_ffn, _mlp, few_shared, {"distill_steps": 0}),
     "ours, weights only": Method("no calibration data", split_ffn, _mlp, few_shared, calibrates=False),
-    "static": Method("static pruning by output variance, folded means, our refit", split_ffn, _none, _all_shared),
+    "ours, pruned": Method("all of K shared: pruning, refit, block-wise training", split_ffn, _none, _all_shared),
+    "static": Method("by output variance, means folded, refit", split_ffn, _none, _all_shared, {"distill_steps": 0}),
     "FLAP-like": Method(
         says="static pruning, one threshold for all layers, folded means",
         split=split_ffn,

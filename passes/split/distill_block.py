@@ -1,7 +1,7 @@
 """Train the experts and the router of one FFN together towards the output that is wanted: some steps, no labels.
 
 The weights follow the squared error. The router cannot, as chosen ids pass no gradient; it learns what each choice was
-worth (`choice_loss`). Tokens are weighted (`Sample`).
+worth (`choice_loss`). Where nothing is routed there is none. Tokens are weighted (`Sample`).
 
 T tokens, D hidden_size, F neurons of all experts, S of them shared, R routed experts, K that run, U units of m neurons
 (one an expert, if all are of one width).
@@ -31,13 +31,13 @@ _ROUTER_LEARNING_RATE = 3e-3
 
 
 def distill_block(
-    experts: Experts, router: UnitRouter, x: Tensor, target: Tensor, weight: Tensor, *, steps: int, seed: int
-) -> tuple[Experts, UnitRouter]:
+    experts: Experts, router: UnitRouter | None, x: Tensor, target: Tensor, weight: Tensor, *, steps: int, seed: int
+) -> tuple[Experts, UnitRouter | None]:
     """Train copies of `experts` and `router` with Adam and a falling learning rate.
 
     Args:
         experts: the split.
-        router: `logits` are differentiable in its parameters; its K stays.
+        router: `logits` are differentiable in its parameters; its K stays. None where there are only shared experts.
         x: `[T, D]`, T > 0.
         target: `[T, D_out]`, the output that is wanted for each token.
         weight: `[T]`, of each token in the error.
@@ -54,7 +54,7 @@ def distill_block(
     block = _Block(experts, router)
     groups = [
         {"params": block.own_parameters(), "rate": _EXPERT_LEARNING_RATE},
-        {"params": list(block.router.parameters()), "rate": _ROUTER_LEARNING_RATE},
+        {"params": block.router_parameters(), "rate": _ROUTER_LEARNING_RATE},
     ]
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
     with torch.enable_grad():
@@ -73,10 +73,10 @@ def distill_block(
 class _Block(nn.Module):
     """The experts as one wide FFN, shared neurons first, whose routed neurons are masked."""
 
-    def __init__(self, experts: Experts, router: UnitRouter) -> None:
+    def __init__(self, experts: Experts, router: UnitRouter | None) -> None:
         super().__init__()
         self._experts = experts
-        self.router = copy.deepcopy(router).requires_grad_(True)
+        self.router = None if router is None else copy.deepcopy(router).requires_grad_(True)
         self.num_units, outputs, self.size = experts.down.shape
         self.owners, self.groups = experts.owners, experts.of_one_width()
         shared = experts.shared
@@ -104,10 +104,16 @@ class _Block(nn.Module):
         biases = [bias for bias in self.biases if bias is not None]
         return [*self.ups, *biases, self.down, self.expert_bias, self.bias]
 
+    def router_parameters(self) -> list[nn.Parameter]:
+        """Those of the router, if there is one."""
+        return [] if self.router is None else list(self.router.parameters())
+
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """`[T]`: squared error of each token, and what its routing has to learn."""
         projected = [functional.linear(x, up, bias) for up, bias in zip(self.ups, self.biases, strict=True)]
         hidden = self._experts.activation(*projected, *self.vectors)  # [T, F]
+        if self.router is None:
+            return (target - torch.addmm(self.bias, hidden, self.down)).square().sum(1)
         logits = self.router.logits(x)
         chosen = choose(logits.detach(), self.router.top_k)
         by_unit = chosen[:, self.owners].repeat_interleave(self.size, dim=1)
@@ -145,7 +151,7 @@ class _Block(nn.Module):
             yield experts, routed[:, units].flatten(2).transpose(0, 1), columns[units].flatten(1, 2)
 
     @torch.no_grad()
-    def result(self) -> tuple[Experts, UnitRouter]:
+    def result(self) -> tuple[Experts, UnitRouter | None]:
         """The trained tensors, in their places."""
         experts, first = self._experts, self.num_shared
         biases = [None if bias is None else bias.detach() for bias in self.biases]
@@ -155,7 +161,7 @@ class _Block(nn.Module):
             projections = [Linear(p.role, up[:first].detach(), _head(b, first), p.dtype) for p, up, b in taken]
             down = Linear(shared.down.role, self.down[:first].t().contiguous(), None, shared.down.dtype)
             shared = replace(shared, projections=tuple(projections), down=down)
-        routed = (-1, self.size)
+        routed = (self.num_units, self.size)
         trained = replace(
             experts,
             projections=tuple(up[first:].detach().unflatten(0, routed) for up in self.ups),
@@ -165,7 +171,7 @@ class _Block(nn.Module):
             bias=self.bias.detach(),
             shared=shared,
         )
-        return trained, self.router.requires_grad_(False)
+        return trained, None if self.router is None else self.router.requires_grad_(False)
 
 
 def _cat(shared: Tensor | None, routed: Tensor | None) -> Tensor | None:

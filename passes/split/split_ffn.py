@@ -142,10 +142,10 @@ def _train(
     folded: SplitResult, router: UnitRouter, mean: Tensor, fit: Sample, measured: Sample, config: SparsifyConfig
 ) -> SplitResult:
     """Train, then refit on all tokens; a refit before the training would change nothing in the end."""
-    experts, router = distill_block(
+    experts, trained = distill_block(
         folded.experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
     )
-    return _refit(replace(folded, experts=experts, router=router), router, mean, fit, measured, config)
+    return _refit(replace(folded, experts=experts, router=trained), trained or router, mean, fit, measured, config)
 
 
 def _refit(
@@ -172,8 +172,21 @@ def _prune(
     result = SplitResult(experts, None, receipt(original, everything, tokens), error, None, (), 0)
     if not (config.refit and may_refit):
         return result
+    closed = _refit_pruned(result, experts, mean, fit, measured, config)
+    if not config.distill_steps:
+        return closed
+    tokens = (fit.x, fit.target, fit.weight)
+    experts, _ = distill_block(experts, None, *tokens, steps=config.distill_steps, seed=config.seed)
+    trained = _refit_pruned(result, experts, mean, fit, measured, config)
+    return trained if trained.error < closed.error else closed
+
+
+def _refit_pruned(
+    result: SplitResult, experts: Experts, mean: Tensor, fit: Sample, measured: Sample, config: SparsifyConfig
+) -> SplitResult:
     experts = refit(experts, mean, fit.x, fit.target, fit.weight, nobody(fit.x), config.ridge)
-    return replace(result, experts=experts, error=relative_error(experts, None, measured), error_before_refit=error)
+    error = relative_error(experts, None, measured)
+    return replace(result, experts=experts, error=error, error_before_refit=result.error)
 
 
 def _choose(

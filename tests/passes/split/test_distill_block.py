@@ -10,6 +10,7 @@ from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.distill_block import _Block, distill_block  # pyright: ignore[reportPrivateUsage]
 from sparsify.passes.split.experts import Experts, divide_unevenly
 from sparsify.passes.split.fold_mean import fold_mean
+from sparsify.passes.split.prune import prune
 from sparsify.routers import MLPRouter, UnitRouter
 
 
@@ -26,8 +27,9 @@ def setup(
     return experts, router, x, dense(x)
 
 
-def squared_error(experts: Experts, router: UnitRouter, x: Tensor, target: Tensor) -> float:
-    return float((experts(x, router(x)[1]) - target).square().sum())
+def squared_error(experts: Experts, router: UnitRouter | None, x: Tensor, target: Tensor) -> float:
+    ids = torch.zeros(len(x), 0, dtype=torch.int64) if router is None else router(x)[1]
+    return float((experts(x, ids) - target).square().sum())
 
 
 @pytest.mark.parametrize(("num_shared", "sizes"), [(0, None), (1, None), (0, (4, 1, 2, 1)), (1, (1, 3, 2))])
@@ -38,6 +40,17 @@ def test_the_error_falls(dense: DenseFFN, num_shared: int, sizes: tuple[int, ...
     trained, learned = distill_block(experts, router, x, target, torch.ones(2000), steps=60, seed=0)
     assert squared_error(trained, learned, x, target) < 0.9 * before
     assert squared_error(experts, router, x, target) == before  # the originals stay
+
+
+def test_pruned_neurons_learn_what_went(dense: DenseFFN) -> None:
+    """Protects: training where nothing is routed, and its result in the right places."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, 7)
+    experts, _ = prune(dense, x, 12)
+    before = squared_error(experts, None, x, dense(x))
+    trained, none = distill_block(experts, None, x, dense(x), torch.ones(2000), steps=60, seed=0)
+    assert none is None
+    assert squared_error(trained, None, x, dense(x)) < 0.7 * before
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 3, 2)])

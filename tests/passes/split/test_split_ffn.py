@@ -26,7 +26,7 @@ def sample(dense: DenseFFN, tokens: int) -> Sample:
 def test_figures(dense: DenseFFN) -> None:
     """Protects: receipt, errors and loads of the report."""
     fit, measured = hold_out(sample(dense, 600))
-    config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16)
+    config = SparsifyConfig(num_experts=6, top_k=3, num_shared_experts=1, router_hidden_size=16)
     result = split_ffn(dense, dense, fit, measured, config, may_refit=True)
     assert result.receipt <= 1e-5
     assert result.router is not None
@@ -40,7 +40,7 @@ def test_figures(dense: DenseFFN) -> None:
 def test_training_lowers_the_error_on_held_out_tokens(dense: DenseFFN) -> None:
     """Protects: block-wise training is part of the split, and no memory of the tokens."""
     fit, measured = hold_out(sample(dense, 3000))
-    config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16)
+    config = SparsifyConfig(num_experts=6, top_k=3, num_shared_experts=1, router_hidden_size=16)
     closed, trained = (
         split_ffn(dense, dense, fit, measured, replace(config, distill_steps=steps), may_refit=True).error
         for steps in (0, 60)
@@ -51,7 +51,7 @@ def test_training_lowers_the_error_on_held_out_tokens(dense: DenseFFN) -> None:
 def test_training_that_does_not_help_is_dropped(dense: DenseFFN, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: few tokens learned by heart never replace the closed form."""
     fit, measured = hold_out(sample(dense, 600))
-    config = SparsifyConfig(num_experts=6, top_k=3, router_hidden_size=16)
+    config = SparsifyConfig(num_experts=6, top_k=3, num_shared_experts=1, router_hidden_size=16)
     closed = split_ffn(dense, dense, fit, measured, replace(config, distill_steps=0), may_refit=True)
 
     def spoil(experts: Experts, router: Router, *_: Tensor, steps: int, seed: int) -> tuple[Experts, Router]:
