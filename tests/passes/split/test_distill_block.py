@@ -90,6 +90,7 @@ def test_the_router_learns(dense: DenseFFN) -> None:
     experts, router, x, target = setup(dense, 0, tokens=8_000)
     trained, learned = distill_block(experts, router, x, target, torch.ones(8_000), steps=200, seed=0)
     assert squared_error(trained, learned, x, target) < 0.95 * squared_error(trained, router, x, target)
+    assert learned is not None
     assert not any(parameter.requires_grad for parameter in learned.parameters())
 
 
