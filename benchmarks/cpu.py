@@ -1,7 +1,7 @@
 """One FFN layer on this CPU: dense, and as experts of which a quarter runs, ours against other implementations.
 
     python benchmarks/cpu.py                 all layers, 1 and 2 threads, about six minutes
-    python benchmarks/cpu.py --quick         one layer, fp32, under a minute
+    python benchmarks/cpu.py --quick         the GELU layers, fp32, half a minute
 
 All columns of a row are timed in turns within one run, each round with other tokens and another routing, so that no
 column finds its weights in a cache that the others do not have; the median counts. `dense packed` has its weights
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="one layer, fp32, as many threads as torch has")] = False,
+    quick: Annotated[bool, typer.Option(help="the GELU layers, fp32, as many threads as torch has")] = False,
     seconds: Annotated[float, typer.Option(help="at least so long per row of a table")] = 2.0,
     output: Annotated[Path, typer.Option(help="folder of the tables")] = Path("out"),
 ) -> None:
@@ -80,7 +80,7 @@ def main(
 
 def _cases(quick: bool) -> list[Case]:
     if quick:
-        return [Case(768, 3072, 8, 2, False, torch.float32, torch.get_num_threads())]
+        return [Case(768, 3072, *parts, False, torch.float32, torch.get_num_threads()) for parts in ((8, 2), (16, 4))]
     layers = [(768, 3072, 8, 2, False), (768, 3072, 16, 4, False), (576, 1536, 8, 2, True), (576, 1536, 16, 4, True)]
     dtypes = (torch.float32, torch.bfloat16)
     return [Case(*layer, dtype, threads) for threads in (2, 1) for dtype in dtypes for layer in layers]

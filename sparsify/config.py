@@ -117,9 +117,9 @@ class SparsifyConfig:
         router_hidden_size: width of the router's hidden layer.
         refit: fit the experts to the routing (needs calibration): `distill_steps`, then down_proj in closed form.
             Without it `set_top_k(num_experts)` gives the dense model back.
-        distill_steps: steps in which experts and router of an FFN are trained together towards the hidden state of the
-            dense model, on the calibration tokens; fewer where those are few, and none where held-out tokens say that
-            it does not help. 0 leaves the closed form alone.
+        distill_steps: steps in which experts and router of an FFN, or what pruning left, are trained towards the hidden
+            state of the dense model, on the calibration tokens; fewer where those are few, and none where held-out
+            tokens say that it does not help. 0 leaves the closed form alone.
         ridge: strength of the pull to the old weights in the refit, relative to the mean square of a neuron.
         max_calibration_tokens: no more calibration batches are read once this many tokens were seen.
         seed: of the clustering and the training of the routers.

@@ -1,7 +1,7 @@
 """Static pruning: the neurons that add the most variance to the output run for every token, the others never.
 
-This is WIFV with the mean of what is dropped in the bias (FLAP, arXiv 2312.11983), and down_proj refitted. It needs no
-router, so at the same FLOPs it keeps more neurons than experts do, and sometimes that is better.
+This is WIFV with the mean of what is dropped in the bias (FLAP, arXiv 2312.11983). Training and refit follow, as for
+experts. It needs no router, so at the same FLOPs it keeps more neurons than experts do, and sometimes that is better.
 """
 
 from __future__ import annotations
