@@ -74,7 +74,7 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
     sentences = texts.sentences(400, split=split) if eval_text is None else sentences_from_file(eval_text)[:400]
     judged = list(sentence_batches(tokenizer, sentences))
 
-    def calibration(seed: int, times: int = 1) -> list[Batch]:
+    def calibration(seed: int, times: int) -> list[Batch]:
         return list(sentence_batches(tokenizer, texts.sentences(1200 * times, seed=seed)))
 
     return Subject(
@@ -98,7 +98,7 @@ def _smollm2(split: Split, eval_text: Path | None) -> Subject:
     text = "\n\n".join(texts.passages(16, characters=1500, split=split)) if eval_text is None else _read(eval_text)
     judged = _token_batches(tokenizer, text, 16)
 
-    def calibration(seed: int, times: int = 1) -> list[Batch]:
+    def calibration(seed: int, times: int) -> list[Batch]:
         text = "\n\n".join(texts.passages(64 * times, characters=1500, seed=seed))
         return _token_batches(tokenizer, text, 64 * times)
 
@@ -126,7 +126,7 @@ def _gpt(split: Split, eval_text: Path | None) -> Subject:
     judged = [{"input_ids": part} for part in _bytes(text)[: 64 * 128].view(-1, 128).split(16)]
     _train(model, lambda ids: (ids, ids), _draws(train, 128, 16), 600)
 
-    def calibration(seed: int, times: int = 1) -> list[Batch]:
+    def calibration(seed: int, times: int) -> list[Batch]:
         draws = _draws(train, 128, 16, seed)
         return [{"input_ids": next(draws)} for _ in range(16 * times)]
 

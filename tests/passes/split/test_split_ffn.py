@@ -121,3 +121,15 @@ def test_an_ffn_that_is_zero_on_the_example(dense: DenseFFN) -> None:
 
 def _biased(linear: Linear) -> Linear:
     return replace(linear, bias=torch.full((linear.weight.shape[0],), -60.0), weight=linear.weight * 60)
+
+
+@torch.no_grad()
+def test_pruned_neurons_are_trained(dense: DenseFFN) -> None:
+    """Protects: `distill_steps` where nothing is routed; it lowers the error on held-out tokens below the refit's."""
+    torch.manual_seed(0)
+    fit, measured = hold_out(sample(dense, 4000))
+    errors: list[float] = []
+    for steps in (0, 200):
+        config = SparsifyConfig(num_experts=4, top_k=2, num_shared_experts=2, distill_steps=steps)
+        errors.append(split_ffn(dense, dense, fit, measured, config, may_refit=True).error)
+    assert errors[1] < errors[0]
