@@ -69,7 +69,7 @@ def covers(x: Tensor, experts: Experts) -> bool:
     dtype, status = x.dtype, _kernel().status
     if dtype not in _BOUNDS or not status.available or not (status.threaded or torch.get_num_threads() == 1):
         return False
-    return not [t for t in experts[:6] if t is not None and (t.dtype != dtype or t.stride()[-1] != 1)]
+    return not [t for t in experts[:6] if t is not None and (t.dtype != dtype or t.stride(-1) != 1)]
 
 
 def run(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
@@ -87,14 +87,14 @@ def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tenso
     (num_experts, width, hidden_size), outputs = up.shape, down.shape[1]
     num_tokens, top_k = expert_ids.shape
     # The kernel reads the memory of what is named here. Conversions that change nothing would cost microseconds.
-    x = x if x.stride()[1] == 1 else x.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
     weights = routing_weights if routing_weights.dtype == torch.float32 else routing_weights.float()
     weights, ids = weights.contiguous(), expert_ids.contiguous()
     size = x.element_size()
     y = x.new_empty((num_tokens, outputs))
     small = num_tokens * top_k * width * (hidden_size + outputs) < _SMALL
     packed = _PACK(
-        x.data_ptr(), x.stride()[0] * size, weights.data_ptr(), ids.data_ptr(), y.data_ptr(),
+        x.data_ptr(), x.stride(0) * size, weights.data_ptr(), ids.data_ptr(), y.data_ptr(),
         num_tokens, hidden_size, width, outputs, num_experts, top_k,
         _ACTIVATIONS[experts.activation], size == 2, 1 if small else torch.get_num_threads(), _poison,
         kernel.parallel, kernel.barrier,
@@ -144,9 +144,9 @@ def _without(reason: str) -> _Kernel:
     return _Kernel(KernelStatus(False, reason, False), None, 0, 0)
 
 
+@functools.cache
 def _kernel() -> _Kernel:
-    if _load.cache_info().currsize:
-        return _load()
+    """What was loaded; threads that ask for it first load it once."""
     with _lock:
         return _load()
 

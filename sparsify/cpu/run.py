@@ -14,6 +14,7 @@ from sparsify.cpu.forms import FORMS
 from sparsify.kernels.reference import moe_ffn_reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FEW = 64  # so many slots are counted faster in Python than by torch ops
 
 
 def moe_ffn_cpu(
@@ -46,11 +47,17 @@ def choose_form(x: Tensor, expert_ids: Tensor, experts: Experts) -> str:
     """The form for these sizes and slots in use; the same for the same numbers, options and file of costs."""
     num_experts, width, hidden_size = experts.up_proj.shape
     tokens = len(x)
-    top_k = max(1, -(-int((expert_ids >= 0).sum()) // tokens))  # slots may be many and most of them unused
+    top_k = max(1, -(-_used_slots(expert_ids) // tokens))  # slots may be many and most of them unused
     return _choose(
         current_costs(), tokens, hidden_size, width, experts.down_proj.shape[1], num_experts, top_k,
         experts.gate_proj is not None, x.dtype, kernel.covers(x, experts), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _used_slots(expert_ids: Tensor) -> int:
+    if expert_ids.numel() > _FEW:
+        return int((expert_ids >= 0).sum())
+    return len([slot for slot in expert_ids.flatten().tolist() if slot >= 0])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -136,9 +136,11 @@ def test_routing_weights_of_other_dtypes(make_layer, error_of):
 @pytest.fixture
 def fresh(monkeypatch):
     """A process that has not loaded the kernel yet; what it loads is forgotten."""
-    kernel._load.cache_clear()
+    for cached in (kernel._kernel, kernel._load):
+        cached.cache_clear()
     yield
-    kernel._load.cache_clear()
+    for cached in (kernel._kernel, kernel._load):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh")

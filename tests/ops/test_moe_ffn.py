@@ -123,6 +123,17 @@ def test_compile_without_breaks_or_recompiles() -> None:
     assert counter.frame_count == 1
 
 
+def test_dynamo_stays_out_of_the_kernel() -> None:
+    """Protects: eager code within a compiled function; Dynamo would break to pieces on the kernel's Python."""
+    args = arguments(5, torch.float32, gated=True, bias=True, activation="silu")
+    eager = torch.compiler.disable(lambda: ops.moe_ffn(*args), recursive=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(torch.compile(lambda: eager() * 1, backend="eager")(), ops.moe_ffn(*args))
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert all("torch.compiler.disable" in reason for reason in breaks)
+
+
 def test_export_round_trip(tmp_path: Path) -> None:
     """Protects: torch.export with dynamic tokens, and `.pt2` files."""
     layer = Experts().eval()
