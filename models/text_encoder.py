@@ -112,7 +112,7 @@ def _embed(function: Callable[..., Any], batch: Batch) -> Tensor:
 
 def sentence_batches(tokenizer: Tokenizer, sentences: list[str]) -> Iterator[Batch]:
     """Sentences of like length share a batch, for padding costs time and is no text; batches come in random order."""
-    by_length = sorted(sentences, key=len)
+    by_length = sorted(sentences, key=lambda sentence: len(tokenizer(sentence)["input_ids"]))
     starts = range(0, len(by_length), _BATCH)
     for start in random.Random(0).sample(starts, len(starts)):
         yield _encode(tokenizer, by_length[start : start + _BATCH], padding=True, max_length=_MAX_TOKENS)

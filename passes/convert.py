@@ -143,6 +143,7 @@ def convert(
         insertion = InsertMoEPass(match, result.experts, result.router, dense.dtypes, dense.requires_grad, id_nodes)
         insertion.requires(graph_module)
         insertion.call(graph_module)  # compiled once, at the end: torch keeps the code of every version of a graph
+        FuseMoEPass().call(graph_module)  # the layers after it are calibrated through the faster op
         results[match.name] = _summary(result, options, len(measured.x), group)
         del original, dense, fit, measured, result, copied
         trim_heap()

@@ -28,6 +28,7 @@ _BETAS = (0.9, 0.99)  # of Adam: few steps
 _MOST_PASSES = 8  # over the tokens: more would learn them by heart
 _EXPERT_LEARNING_RATE = 2e-3
 _ROUTER_LEARNING_RATE = 3e-3
+_SMALLEST_BF16 = 1 << 17  # weights of down_proj
 
 
 def distill_block(
@@ -70,6 +71,17 @@ def distill_block(
     return block.result()
 
 
+def _bf16_is_faster(x: Tensor, down: Tensor) -> bool:
+    """Products of bf16, summed in fp32, where the processor has an instruction for them and they outweigh the casts.
+
+    The weights that are trained stay in fp32, and the errors of layers are the same to three digits.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or down.numel() < _SMALLEST_BF16:
+        return False
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 class _Block(nn.Module):
     """The experts as one wide FFN, shared neurons first, whose routed neurons are masked."""
 
@@ -110,19 +122,27 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """`[T]`: squared error of each token, and what its routing has to learn."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_bf16_is_faster(x, self.down)):
+            if self.router is None:
+                return (target - torch.addmm(self.bias, self._hidden(x), self.down)).square().sum(1)
+            return self._routed_error(self.router, x, target)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """`[T, F]`."""
         projected = [functional.linear(x, up, bias) for up, bias in zip(self.ups, self.biases, strict=True)]
-        hidden = self._experts.activation(*projected, *self.vectors)  # [T, F]
-        if self.router is None:
-            return (target - torch.addmm(self.bias, hidden, self.down)).square().sum(1)
-        logits = self.router.logits(x)
-        chosen = choose(logits.detach(), self.router.top_k)
-        by_unit = chosen[:, self.owners].repeat_interleave(self.size, dim=1)
+        return self._experts.activation(*projected, *self.vectors)
+
+    def _routed_error(self, router: UnitRouter, x: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # bf16 would make ties
+            logits = router.logits(x)
+        hidden, chosen = self._hidden(x), choose(logits.detach(), router.top_k)
+        by_unit = chosen.to(hidden.dtype)[:, self.owners].repeat_interleave(self.size, dim=1)
         runs = functional.pad(by_unit, (self.num_shared, 0), value=1.0)  # [T, F]
         error = target - torch.addmm(self.bias, hidden * runs, self.down) - chosen @ self.expert_bias
         taught = -(-len(x) // 2)  # tokens: gains cost as much as half a forward pass, and routers are small
         routed = hidden.detach()[:taught, self.num_shared :]
         gains = self._gains(routed, error.detach()[:taught], chosen[:taught])
-        lesson = choice_loss(logits[:taught], gains, self.router.top_k) * (len(x) / taught)
+        lesson = choice_loss(logits[:taught], gains, router.top_k) * (len(x) / taught)
         return error.square().sum(1) + functional.pad(lesson, (0, len(x) - taught))
 
     @torch.no_grad()
@@ -130,7 +150,7 @@ class _Block(nn.Module):
         """`[T, R]`; `routed` is `[T, U * m]`. |d_e|^2 comes from the products of an expert's columns."""
         routed = routed.unflatten(1, (-1, self.size))  # [T, U, m]
         down = self.down[self.num_shared :]  # [U * m, D_out]
-        by_unit = (routed * (error @ down.t()).view_as(routed)).sum(2)
+        by_unit = (routed * (error @ down.t()).view_as(routed)).sum(2).to(error.dtype)
         inner = torch.zeros_like(chosen).index_add_(1, self.owners, by_unit) + error @ self.expert_bias.t()
         columns = down.view(self.num_units, self.size, -1)
         squares = chosen.new_empty(len(self.expert_bias), len(chosen))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.models.text_encoder import retrieval_agreement
+from sparsify.models.text_encoder import retrieval_agreement, sentence_batches
 
 
 def batch(rows: int) -> dict[str, Tensor]:
@@ -28,3 +28,20 @@ def test_retrieval_agreement_is_one_for_the_model_itself_and_chance_for_another(
     assert metric.evaluate(model(3 * table)) == 1
     assert metric.evaluate(model(noise_in_padding)) == 1
     assert 0.02 < metric.evaluate(model(other)) < 0.25  # 10 of 99 by chance
+
+
+def test_batches_hold_sentences_of_as_many_tokens():
+    """Padding costs time; sentences of as many letters differ in tokens by a half."""
+    sentences = ["a" * 60, *["a b " * count for count in range(1, 128)]]
+
+    def tokenizer(texts: Any, **options: Any) -> Any:
+        counts = [len(text.split()) for text in ([texts] if isinstance(texts, str) else texts)]
+        if isinstance(texts, str):
+            return {"input_ids": [1] * counts[0]}
+        mask = torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
+        return {"input_ids": mask.long(), "attention_mask": mask.long()}
+
+    masks = [batch["attention_mask"] for batch in sentence_batches(tokenizer, sentences)]
+    first, second = sorted(masks, key=lambda mask: mask.numel())
+    assert first.shape == (64, 126)
+    assert second.sum(1).min() >= first.sum(1).max()

@@ -126,7 +126,7 @@ def test_compile_without_breaks_or_recompiles() -> None:
 def test_dynamo_stays_out_of_the_kernel() -> None:
     """Protects: eager code within a compiled function; Dynamo would break to pieces on the kernel's Python."""
     args = arguments(5, torch.float32, gated=True, bias=True, activation="silu")
-    eager = torch.compiler.disable(lambda: ops.moe_ffn(*args), recursive=False)
+    eager: Any = torch.compiler.disable(lambda: ops.moe_ffn(*args), recursive=False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.testing.assert_close(torch.compile(lambda: eager() * 1, backend="eager")(), ops.moe_ffn(*args))

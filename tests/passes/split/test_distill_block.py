@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.passes.split import distill_block as module
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.distill_block import _Block, distill_block  # pyright: ignore[reportPrivateUsage]
 from sparsify.passes.split.experts import Experts, divide_unevenly
@@ -51,6 +52,22 @@ def test_pruned_neurons_learn_what_went(dense: DenseFFN) -> None:
     trained, none = distill_block(experts, None, x, dense(x), torch.ones(2000), steps=60, seed=0)
     assert none is None
     assert squared_error(trained, None, x, dense(x)) < 0.7 * before
+
+
+@pytest.mark.skipif(
+    not getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"), reason="no products of bf16 here"
+)
+def test_products_of_bf16_learn_as_much(dense: DenseFFN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: the faster training of wide FFNs, whose weights must stay in fp32."""
+    experts, router, x, target = setup(dense, 1)
+    errors: list[float] = []
+    for smallest in (2**60, 1):
+        monkeypatch.setattr(module, "_SMALLEST_BF16", smallest)
+        trained, learned = distill_block(experts, router, x, target, torch.ones(2000), steps=60, seed=0)
+        assert trained.down.dtype == torch.float32
+        errors.append(squared_error(trained, learned, x, target))
+    assert errors[0] != errors[1]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 3, 2)])
