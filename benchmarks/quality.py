@@ -36,6 +36,7 @@ _EXPERT_SIZE = 48  # neurons
 _ROUNDS, _TIMED_SECONDS = 30, 4.0
 _TRIAL_STEPS = 5
 _TRAINED_ROWS = 16  # of a batch
+_TRAINED_TEXT = 10  # times the calibration text
 _MIB = 2**20
 
 
@@ -90,7 +91,7 @@ def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, An
     sparse = _convert(subject, method, key, batches)
     seconds, peak = time.perf_counter() - start, _peak() - before
     if key["minutes"]:
-        _train(sparse, subject, batches, 60 * key["minutes"], key["seed"])
+        _train(sparse, subject, 60 * key["minutes"], key["seed"])
     flops = [sum(getattr(ffn, side) for ffn in sparse.report.ffns) for side in ("flops_before", "flops_after")]
     dense_ms, sparse_ms = _times(subject, sparse)
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters()) / _MIB
@@ -106,9 +107,9 @@ def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, An
     }
 
 
-def _train(sparse: SparseModel, subject: Subject, batches: list[Any], seconds: float, seed: int) -> None:
-    """As many steps as fit into the time, by that of the first few, which are made on a copy."""
-    batches = [part for batch in batches for part in _rows(batch)]
+def _train(sparse: SparseModel, subject: Subject, seconds: float, seed: int) -> None:
+    """As many steps as fit into the time, by that of the first few, which are made on a copy. Most text is seen once."""
+    batches = [part for batch in subject.calibration(seed, _TRAINED_TEXT) for part in _rows(batch)]
     trial = distill(copy.deepcopy(sparse), subject.model, batches, steps=_TRIAL_STEPS, seed=seed)
     steps = max(1, int(seconds * _TRIAL_STEPS / trial.seconds))
     print(distill(sparse, subject.model, batches, steps=steps, seed=seed), flush=True)

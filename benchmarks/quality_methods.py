@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from quality_clusterings import Fisher, clustered_by, magnitude, output, weights
+from quality_routers import by_gain, by_sets, linear, low_rank, routed_by
 from quality_subjects import Subject
 from torch import Tensor, nn
 from torch.nn import functional
@@ -308,6 +309,19 @@ def _clustering(
     return Method(f"neurons grouped by {says}", split, _mlp, few_shared, {"distill_steps": 0}, prepare=prepare)
 
 
+def _routing(says: str, split: Split, router: Callable[[Size, int], int] = _mlp) -> Method:
+    """As "ours, closed form", behind another router."""
+    return Method(f"router: {says}", split, router, few_shared, {"distill_steps": 0})
+
+
+def _linear(size: Size, routed: int) -> int:
+    return size.hidden * routed
+
+
+def _low_rank(size: Size, routed: int) -> int:
+    return _mlp(size, routed) // 2
+
+
 _FISHER = Fisher()
 
 METHODS: dict[str, Method] = {
@@ -334,5 +348,9 @@ METHODS: dict[str, Method] = {
     "magnitude clusters": _clustering("distance from the mean, without sign", clustered_by(magnitude)),
     "output clusters": _clustering("contribution to the output of the FFN", clustered_by(output)),
     "Fisher clusters": _clustering("contribution to the output of the model", clustered_by(_FISHER), _FISHER.measure),
+    "linear router": _routing("ridge regression of the norms", routed_by(linear), _linear),
+    "low-rank router": _routing("the same, of half the rank of ours", routed_by(low_rank), _low_rank),
+    "router of gains": _routing("ours, on the error that an expert takes away", routed_by(by_gain)),
+    "router of sets": _routing("ours, on the sets of an oracle", routed_by(by_sets)),
     "oracle": Method("ours in closed form, experts of truly largest norm", oracle, _mlp, few_shared, bound=True),
 }

@@ -142,7 +142,7 @@ def _planned(ffn: FFNChoices, choice: Choice, budget: Budget, cost: Cost) -> Lay
     time = f" ({budget.say(cost(choice))})" if budget.unit == "ms" else ""
     reason = (
         f"{ffn.layer.reason}; budget={budget} gives it {choice.macs / ffn.dense.macs:.0%} of its multiply-adds{time}, "
-        f"{choice.way}, which adds an error of {choice.error:.2g} of the squared hidden state before refit{instead}"
+        f"{choice.way}, which adds an error of {choice.error:.2g} of the squared outputs before refit{instead}"
     )
     times = measured_times(ffn, choice)
     return replace(ffn.layer, top_k=choice.top_k, num_shared_experts=choice.num_shared, reason=reason, times=times)
@@ -152,7 +152,7 @@ def _why_dense(ffn: FFNChoices) -> str:
     if not ffn.sparse:
         return f"no number of parts is faster at {', '.join(map(str, ffn.config.tokens))} tokens"
     least = min(ffn.sparse, key=lambda choice: choice.error)
-    return f"the least that skipping would add to the squared hidden state is {least.error:.2g}, more than elsewhere"
+    return f"the least error that skipping would add is {least.error:.2g} of the squared outputs, more than elsewhere"
 
 
 def _unreachable(ffns: Sequence[FFNChoices], budget: Budget, least: float, dense: float) -> str:

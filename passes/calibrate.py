@@ -6,7 +6,7 @@ the values that are still needed are kept for each batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,35 @@ class CalibrationStream:
         for index, (environment, mask) in enumerate(zip(self._environments, self._masks, strict=True)):
             tokens = [_read_tokens(environment[node], axis, mask, index, name) for node, axis in wanted]
             yield [*tokens, *(_read_ids(environment[node], mask) for node in id_nodes)]
+
+    def value(self, name: str, index: int) -> Tensor:
+        """Of a node that `tokens_at` was just asked for, in one batch."""
+        return next(value for node, value in self._environments[index].items() if node.name == name)
+
+    def outputs(self, index: int, replaced: str = "", by: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """Run one batch to its end; the stream stays where it is.
+
+        Args:
+            index: of the batch.
+            replaced: the name of a node that was not passed yet.
+            by: what its value is replaced by.
+
+        Returns:
+            The floating outputs of the graph that have a dimension, without padding.
+        """
+        environment = dict(self._environments[index])
+        self._interpreter.env = environment
+        todo = [node for node in self._graph_module.graph.nodes if node not in self._executed]
+        last_use = {arg: node for node in todo for arg in node.all_input_nodes}
+        result: Any = None
+        for node in todo:
+            result = environment[node] = self._interpreter.run_node(node)
+            if by is not None and node.name == replaced:
+                environment[node] = by(result)
+            for arg in [arg for arg in node.all_input_nodes if last_use[arg] is node]:
+                environment.pop(arg, None)
+        found = [tensor for tensor in tensor_leaves(result) if tensor.is_floating_point() and tensor.dim() > 0]
+        return [select_tokens(tensor, self._masks[index]) for tensor in found]
 
     def has_passed(self, name: str) -> bool:
         """The node was executed for every batch, so what it reads is not needed any more."""

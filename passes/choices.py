@@ -1,4 +1,4 @@
-"""The ways in which an FFN may be converted, as plain data: what each costs, and how far it moves the hidden state."""
+"""The ways in which an FFN may be converted, as plain data: what each costs, and how far it moves the outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Choice:
         num_shared: of them, those that always run; all of them where the FFN is pruned.
         num_experts: E; 0 leaves the FFN dense.
         macs: multiply-adds for a token at all sites, router included.
-        error: that it adds to the hidden state, squared and relative.
+        error: that it adds to the outputs of the model, squared and relative.
         seconds: of one call of each of `target_tokens`, at all sites; empty where none is given.
     """
 

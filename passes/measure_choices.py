@@ -1,10 +1,12 @@
-"""What each way to convert an FFN would cost, and how far it would move the hidden state.
+"""What each way to convert an FFN would cost, and how far it would move the outputs of the model.
 
 Every FFN is divided as for a conversion, on a few tokens of the dense model, and measured with each number of parts
 running: routed (the parts of largest norm, as a good router would choose), pruned (always the same parts, which needs
 no router), or left dense. What is skipped leaves its mean. An error counts relative to the hidden state that it enters,
+and by what such an error does to the outputs, which is measured once for each FFN, with half of its neurons pruned:
 
-    error = mean over tokens of |what is skipped|^2 / |hidden state|^2,
+    error = mean over tokens of |what is skipped|^2 / |hidden state|^2  *  effect
+    effect = |outputs with half pruned - outputs|^2 / |outputs|^2  /  the same mean with half pruned
 
 so that layers can be compared. Errors are taken before refit and training, which lower all of them.
 
@@ -24,7 +26,7 @@ from torch.fx import GraphModule
 from sparsify.config import SparsifyConfig
 from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.choices import Choice, FFNChoices
-from sparsify.passes.match_ffn import FFNMatch
+from sparsify.passes.match_ffn import FFNMatch, Site
 from sparsify.passes.plan import ConversionPlan
 from sparsify.passes.residual import residual_terms
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
@@ -34,6 +36,7 @@ from sparsify.passes.split.statistics import importance, measure_neurons
 
 _TOKENS = 4096  # that run through the dense model
 _STEPS = 8  # of the number of shared experts: each takes a clustering
+_TRIED = 0  # the batch whose outputs are looked at
 _MEASURED = 512  # of them, for the errors: [512, E, D_out]
 
 
@@ -63,9 +66,10 @@ def measure_choices(
     todo.sort(key=lambda match: position[match.sites[0].x])
     stream = CalibrationStream(GraphModule(graph_module, copy.deepcopy(graph_module.graph)), _few(batches))
     found: list[FFNChoices] = []
+    outputs = stream.outputs(_TRIED)
     for match in todo:
         layer = layers[match.name]
-        choices = _choices(graph_module, stream, match, layer.configure(config))
+        choices = _choices(graph_module, stream, outputs, match, layer.configure(config))
         found.append(FFNChoices(match, layer, config, choices[0], tuple(choices[1:])))
     return found
 
@@ -84,7 +88,7 @@ def _size(call: Call) -> int:
 
 
 def _choices(
-    graph_module: GraphModule, stream: CalibrationStream, match: FFNMatch, config: SparsifyConfig
+    graph_module: GraphModule, stream: CalibrationStream, outputs: list[Tensor], match: FFNMatch, config: SparsifyConfig
 ) -> list[Choice]:
     site = match.sites[0]
     down = next(node for node in graph_module.graph.nodes if node.name == site.down)
@@ -112,7 +116,30 @@ def _choices(
     pruned = torch.full((num_experts * -(-len(scores) // num_experts),), -1)
     pruned[: len(scores)] = scores.argsort(descending=True, stable=True)
     errors = _errors(_outputs(dense, x[rows], pruned.view(num_experts, -1), mean), weight)
-    return found + [Choice(k, k, num_experts, k * part, errors[k]) for k in range(1, num_experts)]
+    found += [Choice(k, k, num_experts, k * part, errors[k]) for k in range(1, num_experts)]
+    half = num_experts // 2
+    skipped = pruned.view(num_experts, -1)[half:].flatten()
+    moved = _moved(stream, outputs, site, dense, skipped[skipped >= 0], mean)
+    effect = moved / errors[half] if errors[half] else 0.0
+    return [replace(choice, error=choice.error * effect) for choice in found]
+
+
+def _moved(
+    stream: CalibrationStream, outputs: list[Tensor], site: Site, dense: DenseFFN, skipped: Tensor, mean: Tensor
+) -> float:
+    """`|outputs without some neurons - outputs|^2 / |outputs|^2` in one batch; the mean of a neuron stays."""
+    tokens = stream.value(site.x, _TRIED).movedim(site.x_axis, -1)
+    flat = tokens.reshape(-1, tokens.shape[-1]).to(mean.dtype)
+    lost = (dense.hidden(flat)[:, skipped] - mean[skipped]) @ dense.down.weight[:, skipped].t()  # [T, D_out]
+
+    def without(value: Tensor) -> Tensor:
+        last = value.movedim(site.down_axis, -1)
+        return (last - lost.view_as(last).to(last.dtype)).movedim(-1, site.down_axis)
+
+    pairs = list(zip(stream.outputs(_TRIED, site.down, without), outputs, strict=True))
+    difference = sum(float((ours.double() - theirs.double()).square().sum()) for ours, theirs in pairs)
+    size = sum(float(theirs.double().square().sum()) for _, theirs in pairs)
+    return difference / size if size else difference
 
 
 def _routed_counts(config: SparsifyConfig) -> dict[int, list[int]]:

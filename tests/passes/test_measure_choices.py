@@ -49,3 +49,31 @@ def test_errors_fall_with_the_parts_that_run() -> None:
     for choice in found:
         if choice.way == "routed":
             assert choice.error < pruned[choice.top_k - 1]
+
+
+class Reads(nn.Module):
+    """Two FFNs of 24 features on a residual stream, of which only the first 12 are read in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 24)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.first(x)
+        return (x + self.second(x))[..., :12]
+
+
+def test_an_error_counts_by_what_it_does_to_the_outputs() -> None:
+    """Protects: no budget is spent on an FFN whose errors nothing reads, however large they are."""
+    torch.manual_seed(0)
+    model, x = Reads().eval(), torch.randn(4, 16, 24)
+    with torch.no_grad():
+        model.second[2].weight[:12] = 0
+    (part,) = find_ffns(model, capture_parts(model, (x,), {}), (x,), {}).parts
+    config = SparsifyConfig(num_experts=8, select="all", top_k=1)
+    plan = make_plan(part.matches, config)
+    first, second = measure_choices(part.graph_module, part.matches, plan, config, [Call((x,), {}, None)])
+    assert all(choice.error > 0 for choice in first.sparse)
+    assert all(choice.error == 0 for choice in second.sparse)
+    half = next(choice for choice in first.sparse if choice.way == "pruned" and choice.top_k == 4)
+    assert 0.001 < half.error < 1

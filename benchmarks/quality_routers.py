@@ -1,0 +1,135 @@
+"""Other routers and other things for them to learn, to compare with ours: each takes the place of `fit_router`.
+
+The split, the refit and the number of experts that run are those of "ours, closed form", without block-wise training.
+T tokens, D hidden_size, R routed experts, K of them that run, d_e `[T, D_out]` what expert e adds to the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsify import SparsifyConfig
+from sparsify.passes.split.choice_loss import choose
+from sparsify.passes.split.experts import Experts
+from sparsify.passes.split.split_ffn import SplitResult, split_ffn
+from sparsify.passes.split.statistics import chunks
+from sparsify.passes.split.train_router import expert_norms, train_router
+from sparsify.routers import MLPRouter, UnitRouter
+
+_RIDGE = 1e-3
+_STEPS, _BATCH, _LEARNING_RATE = 300, 512, 1e-2  # of the sets; those of `train_router`
+
+FitRouter = Callable[[Experts, Tensor, SparsifyConfig, Tensor | None], UnitRouter]
+
+
+def routed_by(fit: FitRouter) -> Callable[..., SplitResult]:
+    """Our split, behind another router."""
+
+    def split(*args: Any, **kwargs: Any) -> SplitResult:
+        with mock.patch("sparsify.passes.split.split_ffn.fit_router", fit):
+            return split_ffn(*args, **kwargs)
+
+    return split
+
+
+def linear(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | None = None) -> UnitRouter:
+    """Ridge regression of the norms |d_e|, in closed form."""
+    weight, bias = _ridge(x, expert_norms(experts, x))
+    return ProductRouter(weight, None, bias, config.top_k - config.shared)
+
+
+def low_rank(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | None = None) -> UnitRouter:
+    """The same, of half the rank that our router is wide: the largest directions of what the regression predicts."""
+    weight, bias = _ridge(x, expert_norms(experts, x))  # [D, R]
+    rank = max(1, config.router_hidden_size // 2)
+    directions = torch.linalg.svd((x - x.mean(0)) @ weight, full_matrices=False).Vh[:rank]
+    return ProductRouter(weight @ directions.t(), directions, bias, config.top_k - config.shared)
+
+
+def by_gain(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | None = None) -> UnitRouter:
+    """Our perceptron, on the part of the squared error that an expert alone takes away, 2 <sum d, d_e> - |d_e|^2."""
+    products = _products(experts, x)
+    gains = 2 * products.sum(2) - products.diagonal(dim1=1, dim2=2)
+    return train_router(x, gains, config.top_k - config.shared, config.router_hidden_size, config.seed).eval()
+
+
+def by_sets(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | None = None) -> UnitRouter:
+    """Our perceptron, on whether an expert is one of the K that lower the error most, found greedily."""
+    top_k = config.top_k - config.shared
+    products = _products(experts, x)
+    chosen = torch.cat([_greedy(part, top_k) for part in chunks(products)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        router = MLPRouter(x.shape[1], experts.num_routed, top_k, config.router_hidden_size)
+    _learn_sets(router, x, chosen, config.seed)
+    return router.requires_grad_(False).eval()
+
+
+class ProductRouter(UnitRouter):
+    """Logits are `x first second + bias`; without `second`, `x first + bias`."""
+
+    def __init__(self, first: Tensor, second: Tensor | None, bias: Tensor, top_k: int) -> None:
+        super().__init__(len(first), len(bias), top_k)
+        self.first, self.bias = nn.Parameter(first.contiguous(), False), nn.Parameter(bias, False)
+        self.second = None if second is None else nn.Parameter(second.contiguous(), False)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """`[T, D]` to `[T, R]`."""
+        scores = x.to(self.first.dtype) @ self.first
+        return self.bias + (scores if self.second is None else scores @ self.second)
+
+
+def _ridge(x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`[D, R]` and `[R]`."""
+    tokens, centre, middle = x.double(), x.double().mean(0), scores.double().mean(0)
+    gram = (tokens - centre).t() @ (tokens - centre)
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp(min=1e-12))
+    weight = torch.linalg.solve(gram, (tokens - centre).t() @ (scores.double() - middle))
+    return weight.to(x.dtype), (middle - centre @ weight).to(x.dtype)
+
+
+def _products(experts: Experts, x: Tensor) -> Tensor:
+    """`[T, R, R]`: <d_e, d_f>."""
+    found: list[Tensor] = []
+    for part in chunks(x):
+        added = torch.einsum("trm,rom->tro", experts.hidden(part), experts.down)
+        added = added if experts.expert_bias is None else added + experts.expert_bias
+        found.append(added @ added.transpose(1, 2))
+    return torch.cat(found)
+
+
+def _greedy(products: Tensor, top_k: int) -> Tensor:
+    """`[T, R]`: 1 for the K experts that are added, each the one that lowers the error most."""
+    squares = products.diagonal(dim1=1, dim2=2)
+    inner, chosen = products.sum(2), torch.zeros_like(squares)
+    for _ in range(top_k):
+        best = choose((2 * inner - squares).masked_fill(chosen > 0, -torch.inf), 1)
+        chosen += best
+        inner = inner - (products @ best.unsqueeze(2)).squeeze(2)
+    return chosen
+
+
+def _learn_sets(router: MLPRouter, x: Tensor, chosen: Tensor, seed: int) -> None:
+    """On standardised tokens; the standardisation is folded into the router."""
+    mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(router.parameters(), lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
+    for _ in range(_STEPS):
+        rows = torch.randint(len(x), (min(_BATCH, len(x)),), generator=generator)
+        with torch.enable_grad():
+            logits = router.logits((x[rows] - mean) / std)
+            loss = functional.binary_cross_entropy_with_logits(logits, chosen[rows])
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        router.hidden.weight /= std
+        router.hidden.bias.sub_(router.hidden.weight @ mean)
