@@ -34,7 +34,7 @@ from sparsify.models.text import Split
 _BUDGETS = (0.125, 0.25, 0.5, 0.75)
 _EXPERT_SIZE = 48  # neurons
 _ROUNDS, _TIMED_SECONDS = 30, 4.0
-_TRIAL_STEPS = 5
+_TRIAL_STEPS = 20
 _TRAINED_ROWS = 16  # of a batch
 _TRAINED_TEXT = 10  # times the calibration text
 _MIB = 2**20
