@@ -108,7 +108,7 @@ def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, An
 
 
 def _train(sparse: SparseModel, subject: Subject, seconds: float, seed: int) -> None:
-    """As many steps as fit into the time, by that of the first few, which are made on a copy. Most text is seen once."""
+    """As many steps as fit into the time, by that of the first few, made on a copy. Most text is seen once."""
     batches = [part for batch in subject.calibration(seed, _TRAINED_TEXT) for part in _rows(batch)]
     trial = distill(copy.deepcopy(sparse), subject.model, batches, steps=_TRIAL_STEPS, seed=seed)
     steps = max(1, int(seconds * _TRIAL_STEPS / trial.seconds))

@@ -142,7 +142,7 @@ def _planned(ffn: FFNChoices, choice: Choice, budget: Budget, cost: Cost) -> Lay
     time = f" ({budget.say(cost(choice))})" if budget.unit == "ms" else ""
     reason = (
         f"{ffn.layer.reason}; budget={budget} gives it {choice.macs / ffn.dense.macs:.0%} of its multiply-adds{time}, "
-        f"{choice.way}, which adds an error of {choice.error:.2g} of the squared outputs before refit{instead}"
+        f"{choice.way}, which adds an error of {choice.error:.2g} of the squared outputs before training{instead}"
     )
     times = measured_times(ffn, choice)
     return replace(ffn.layer, top_k=choice.top_k, num_shared_experts=choice.num_shared, reason=reason, times=times)

@@ -8,7 +8,8 @@ and by what such an error does to the outputs, which is measured once for each F
     error = mean over tokens of |what is skipped|^2 / |hidden state|^2  *  effect
     effect = |outputs with half pruned - outputs|^2 / |outputs|^2  /  the same mean with half pruned
 
-so that layers can be compared. Errors are taken before refit and training, which lower all of them.
+so that layers can be compared. Of the error of a number of parts, what a refit would leave of it if they were pruned
+(`refit_share`) is what counts, routed or pruned. Training lowers all errors further.
 
 T tokens, E parts, D_out output features.
 """
@@ -28,6 +29,7 @@ from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.choices import Choice, FFNChoices
 from sparsify.passes.match_ffn import FFNMatch, Site
 from sparsify.passes.plan import ConversionPlan
+from sparsify.passes.refit_share import refit_share
 from sparsify.passes.residual import residual_terms
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
@@ -96,8 +98,9 @@ def _choices(
     x, *residuals = stream.tokens_at(places, match.name)
     match, dense = fold_vectors(match, read_ffn(graph_module, match))
     rows = torch.arange(0, len(x), -(-len(x) // _MEASURED))
-    hidden = dense(x[rows]) + sum(residual[rows] for residual in residuals)
-    weight = 1 / (hidden.square().sum(1) + torch.finfo(hidden.dtype).tiny) / len(rows)
+    state = dense(x) + sum(residuals)
+    relative = 1 / (state.square().sum(1) + torch.finfo(state.dtype).tiny)
+    weight = relative[rows] / len(rows)
     statistics = measure_neurons(dense, x)
     scores = importance(dense, statistics)
     mean = statistics.mean.to(x.dtype)
@@ -121,7 +124,12 @@ def _choices(
     skipped = pruned.view(num_experts, -1)[half:].flatten()
     moved = _moved(stream, outputs, site, dense, skipped[skipped >= 0], mean)
     effect = moved / errors[half] if errors[half] else 0.0
-    return [replace(choice, error=choice.error * effect) for choice in found]
+    kept = scores.argsort(descending=True, stable=True)
+    hidden = (dense.hidden(x) - mean)[:, kept] * relative.sqrt().unsqueeze(1)
+    left = refit_share(hidden, dense.down.weight[:, kept], num_experts, config.ridge) if config.refit else None
+    return [
+        replace(choice, error=choice.error * effect * (1 if left is None else left[choice.top_k])) for choice in found
+    ]
 
 
 def _moved(
