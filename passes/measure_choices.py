@@ -34,7 +34,7 @@ from sparsify.passes.residual import residual_terms
 from sparsify.passes.split.choose_neurons import activation_profiles, choose_neurons
 from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
 from sparsify.passes.split.fold_vectors import fold_vectors
-from sparsify.passes.split.statistics import importance, measure_neurons
+from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 
 _TOKENS = 4096  # that run through the dense model
 _STEPS = 8  # of the number of shared experts: each takes a clustering
@@ -98,9 +98,7 @@ def _choices(
     x, *residuals = stream.tokens_at(places, match.name)
     match, dense = fold_vectors(match, read_ffn(graph_module, match))
     rows = torch.arange(0, len(x), -(-len(x) // _MEASURED))
-    state = dense(x) + sum(residuals)
-    relative = 1 / (state.square().sum(1) + torch.finfo(state.dtype).tiny)
-    weight = relative[rows] / len(rows)
+    weight = _relative(dense, x[rows], [residual[rows] for residual in residuals]) / len(rows)
     statistics = measure_neurons(dense, x)
     scores = importance(dense, statistics)
     mean = statistics.mean.to(x.dtype)
@@ -123,22 +121,34 @@ def _choices(
     half = num_experts // 2
     skipped = pruned.view(num_experts, -1)[half:].flatten()
     moved = _moved(stream, outputs, site, dense, skipped[skipped >= 0], mean)
-    effect = moved / errors[half] if errors[half] else 0.0
-    kept = scores.argsort(descending=True, stable=True)
-    hidden = (dense.hidden(x) - mean)[:, kept] * relative.sqrt().unsqueeze(1)
-    left = refit_share(hidden, dense.down.weight[:, kept], num_experts, config.ridge) if config.refit else None
-    return [
-        replace(choice, error=choice.error * effect * (1 if left is None else left[choice.top_k])) for choice in found
-    ]
+    effect = 1.0 if moved is None or not errors[half] else moved / errors[half]
+    left = [1.0] * (num_experts + 1)
+    if config.refit:
+        thin = slice(None, None, -(-len(x) // _TOKENS))
+        relative = _relative(dense, x[thin], [residual[thin] for residual in residuals])
+        kept = scores.argsort(descending=True, stable=True)
+        hidden = (dense.hidden(x[thin]) - mean)[:, kept] * relative.sqrt().unsqueeze(1)
+        left = refit_share(hidden, dense.down.weight[:, kept], num_experts, config.ridge)
+    return [replace(choice, error=choice.error * effect * left[choice.top_k]) for choice in found]
+
+
+def _relative(dense: DenseFFN, x: Tensor, residuals: list[Tensor]) -> Tensor:
+    """`[T]`: one over the squared norm of the hidden state."""
+    state = dense(x) + sum(residuals)
+    return 1 / (state.square().sum(1) + torch.finfo(state.dtype).tiny)
 
 
 def _moved(
     stream: CalibrationStream, outputs: list[Tensor], site: Site, dense: DenseFFN, skipped: Tensor, mean: Tensor
-) -> float:
-    """`|outputs without some neurons - outputs|^2 / |outputs|^2` in one batch; the mean of a neuron stays."""
+) -> float | None:
+    """`|outputs without some neurons - outputs|^2 / |outputs|^2` in one batch; the mean of a neuron stays.
+
+    None where the outputs say nothing: they are zero, or all padding.
+    """
     tokens = stream.value(site.x, _TRIED).movedim(site.x_axis, -1)
     flat = tokens.reshape(-1, tokens.shape[-1]).to(mean.dtype)
-    lost = (dense.hidden(flat)[:, skipped] - mean[skipped]) @ dense.down.weight[:, skipped].t()  # [T, D_out]
+    columns = dense.down.weight[:, skipped].t()
+    lost = torch.cat([(dense.hidden(part)[:, skipped] - mean[skipped]) @ columns for part in chunks(flat)])
 
     def without(value: Tensor) -> Tensor:
         last = value.movedim(site.down_axis, -1)
@@ -147,7 +157,7 @@ def _moved(
     pairs = list(zip(stream.outputs(_TRIED, site.down, without), outputs, strict=True))
     difference = sum(float((ours.double() - theirs.double()).square().sum()) for ours, theirs in pairs)
     size = sum(float(theirs.double().square().sum()) for _, theirs in pairs)
-    return difference / size if size else difference
+    return difference / size if size else None
 
 
 def _routed_counts(config: SparsifyConfig) -> dict[int, list[int]]:
