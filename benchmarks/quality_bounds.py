@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import typer
 from quality_methods import router_width
+from quality_routers import GreedyRouter
 from quality_subjects import Subject, load_subject
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -110,32 +111,6 @@ def _refitted(
 
 def _thin(sample: Sample) -> Sample:
     return sample.take(slice(None, None, -(-len(sample.x) // _TOKENS)))
-
-
-class GreedyRouter(UnitRouter):
-    """Adds the expert that lowers the squared error of the folded split most, K times."""
-
-    def __init__(self, experts: Experts, top_k: int) -> None:
-        super().__init__(experts.projections[0].shape[2], experts.num_routed, top_k)
-        self._experts = experts
-
-    def logits(self, x: Tensor) -> Tensor:
-        """`[T, R]`: K for what is added first, and so on; 0 for what is not."""
-        products = torch.cat([self._products(part) for part in x.split(256)])  # [T, R, R], <d_e, d_f>
-        squares = products.diagonal(dim1=1, dim2=2)
-        inner, ranks = products.sum(2), torch.zeros_like(squares)  # <d_e, what is left>
-        for rank in range(self.top_k, 0, -1):
-            gains = (2 * inner - squares).masked_fill(ranks > 0, -torch.inf)
-            best = gains.argmax(1, keepdim=True)  # [T, 1]
-            ranks.scatter_(1, best, float(rank))
-            inner = inner - products.gather(2, best.unsqueeze(1).expand(-1, self.num_experts, 1)).squeeze(2)
-        return ranks
-
-    def _products(self, x: Tensor) -> Tensor:
-        hidden = self._experts.hidden(x)  # [T, R, m]
-        added = torch.einsum("trm,rom->tro", hidden, self._experts.down)
-        added = added if self._experts.expert_bias is None else added + self._experts.expert_bias
-        return added @ added.transpose(1, 2)
 
 
 class NeuronRouter(UnitRouter):

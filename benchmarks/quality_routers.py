@@ -54,7 +54,8 @@ def low_rank(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | 
 
 def by_gain(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | None = None) -> UnitRouter:
     """Our perceptron, on the part of the squared error that an expert alone takes away, 2 <sum d, d_e> - |d_e|^2."""
-    products = _products(experts, x)
+    oracle = GreedyRouter(experts, config.top_k - config.shared)
+    products = torch.cat([oracle.products(part) for part in chunks(x)])
     gains = 2 * products.sum(2) - products.diagonal(dim1=1, dim2=2)
     return train_router(x, gains, config.top_k - config.shared, config.router_hidden_size, config.seed).eval()
 
@@ -62,13 +63,39 @@ def by_gain(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | N
 def by_sets(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | None = None) -> UnitRouter:
     """Our perceptron, on whether an expert is one of the K that lower the error most, found greedily."""
     top_k = config.top_k - config.shared
-    products = _products(experts, x)
-    chosen = torch.cat([_greedy(part, top_k) for part in chunks(products)])
+    chosen = choose(GreedyRouter(experts, top_k).logits(x), top_k)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         router = MLPRouter(x.shape[1], experts.num_routed, top_k, config.router_hidden_size)
     _learn_sets(router, x, chosen, config.seed)
     return router.requires_grad_(False).eval()
+
+
+class GreedyRouter(UnitRouter):
+    """Adds the expert that lowers the squared error of the folded split most, K times."""
+
+    def __init__(self, experts: Experts, top_k: int) -> None:
+        super().__init__(experts.projections[0].shape[2], experts.num_routed, top_k)
+        self._experts = experts
+
+    def logits(self, x: Tensor) -> Tensor:
+        """`[T, R]`: K for what is added first, and so on; 0 for what is not."""
+        products = torch.cat([self.products(part) for part in x.split(256)])  # [T, R, R], <d_e, d_f>
+        squares = products.diagonal(dim1=1, dim2=2)
+        inner, ranks = products.sum(2), torch.zeros_like(squares)  # <d_e, what is left>
+        for rank in range(self.top_k, 0, -1):
+            gains = (2 * inner - squares).masked_fill(ranks > 0, -torch.inf)
+            best = gains.argmax(1, keepdim=True)  # [T, 1]
+            ranks.scatter_(1, best, float(rank))
+            inner = inner - products.gather(2, best.unsqueeze(1).expand(-1, self.num_experts, 1)).squeeze(2)
+        return ranks
+
+    def products(self, x: Tensor) -> Tensor:
+        """`[T, R, R]`: <d_e, d_f>."""
+        hidden = self._experts.hidden(x)  # [T, R, m]
+        added = torch.einsum("trm,rom->tro", hidden, self._experts.down)
+        added = added if self._experts.expert_bias is None else added + self._experts.expert_bias
+        return added @ added.transpose(1, 2)
 
 
 class ProductRouter(UnitRouter):
@@ -92,27 +119,6 @@ def _ridge(x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp(min=1e-12))
     weight = torch.linalg.solve(gram, (tokens - centre).t() @ (scores.double() - middle))
     return weight.to(x.dtype), (middle - centre @ weight).to(x.dtype)
-
-
-def _products(experts: Experts, x: Tensor) -> Tensor:
-    """`[T, R, R]`: <d_e, d_f>."""
-    found: list[Tensor] = []
-    for part in chunks(x):
-        added = torch.einsum("trm,rom->tro", experts.hidden(part), experts.down)
-        added = added if experts.expert_bias is None else added + experts.expert_bias
-        found.append(added @ added.transpose(1, 2))
-    return torch.cat(found)
-
-
-def _greedy(products: Tensor, top_k: int) -> Tensor:
-    """`[T, R]`: 1 for the K experts that are added, each the one that lowers the error most."""
-    squares = products.diagonal(dim1=1, dim2=2)
-    inner, chosen = products.sum(2), torch.zeros_like(squares)
-    for _ in range(top_k):
-        best = choose((2 * inner - squares).masked_fill(chosen > 0, -torch.inf), 1)
-        chosen += best
-        inner = inner - (products @ best.unsqueeze(2)).squeeze(2)
-    return chosen
 
 
 def _learn_sets(router: MLPRouter, x: Tensor, chosen: Tensor, seed: int) -> None:

@@ -115,7 +115,8 @@ def _choices(
         router = config.router_hidden_size * (match.hidden_size + num_experts - num_shared) * len(match.sites)
         found += [Choice(k, num_shared, num_experts, k * part + router, errors[k - num_shared]) for k in counts]
     pruned = torch.full((num_experts * -(-len(scores) // num_experts),), -1)
-    pruned[: len(scores)] = scores.argsort(descending=True, stable=True)
+    kept = scores.argsort(descending=True, stable=True)
+    pruned[: len(scores)] = kept
     errors = _errors(_outputs(dense, x[rows], pruned.view(num_experts, -1), mean), weight)
     found += [Choice(k, k, num_experts, k * part, errors[k]) for k in range(1, num_experts)]
     half = num_experts // 2
@@ -126,7 +127,6 @@ def _choices(
     if config.refit:
         thin = slice(None, None, -(-len(x) // _TOKENS))
         relative = _relative(dense, x[thin], [residual[thin] for residual in residuals])
-        kept = scores.argsort(descending=True, stable=True)
         hidden = (dense.hidden(x[thin]) - mean)[:, kept] * relative.sqrt().unsqueeze(1)
         left = refit_share(hidden, dense.down.weight[:, kept], num_experts, config.ridge)
     return [replace(choice, error=choice.error * effect * left[choice.top_k]) for choice in found]

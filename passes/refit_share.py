@@ -1,8 +1,7 @@
 """What a refit of down_proj leaves of the error of pruning, by how many neurons are kept.
 
 With H `[T, F]` the neurons beyond their means, the most important first, and n of them kept, the error H_> W_>^T is
-regressed on the H_< that are kept (`passes/split/refit.py`, with the same ridge). Small cuts are nearly made good by
-that, deep ones are not, so a budget that looked at errors before the refit would cut too unevenly.
+regressed on the H_< that are kept (`passes/split/refit.py`, with the same ridge).
 
 T tokens, F neurons, D_out output features, E parts.
 """

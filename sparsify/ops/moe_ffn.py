@@ -80,8 +80,8 @@ def moe_ffn(
     )
 
 
-# Not `register_kernel`, whose checks take a fifth of a call with one token. Without `disable`, Dynamo would trace into
-# this from eager code within a compiled function.
+# Not `register_kernel`, whose checks are dear for one token. Without `disable`, Dynamo would trace into this from eager
+# code within a compiled function.
 @torch.library.impl("sparsify::moe_ffn", "cpu")
 @torch.compiler.disable
 def _moe_ffn_cpu(
