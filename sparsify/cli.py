@@ -28,7 +28,7 @@ from sparsify.passes.thread_ids import own_inputs
 from sparsify.promises import Promise, check_onnx, check_split
 from sparsify.report import Report
 from sparsify.report_text import PLAIN_BOX, print_report, short
-from sparsify.routers import describe_routers
+from sparsify.routers import MLPRouter, describe_routers
 from sparsify.sparse_model import SparseModel
 
 if TYPE_CHECKING:
@@ -196,6 +196,15 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of the clustering and the training of routers.")] = _DEFAULTS.seed,
     target: Annotated[TargetName, typer.Option(help="What will run the ONNX file.")] = TargetName.ORT_CPU,
     no_refit: Annotated[bool, typer.Option("--no-refit", help="Leave down_proj as it is.")] = False,
+    distill: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="STEPS",
+            help="Train the converted model so long, all of it, to give the hidden states and outputs of the dense "
+            "one; needs no labels.",
+        ),
+    ] = 0,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export ONNX files and check them.")] = True,
     routing_outputs: Annotated[
         bool,
@@ -226,12 +235,13 @@ def convert(
                 seed=seed,
             )
             _refuse_contradiction(no_calibration, calibration, budget, top_k if shared is None else shared)
+            _refuse_distill(distill, no_calibration, config)
             _refuse_routes_without_file(routing_outputs, onnx)
         files.refuse_foreign_files(out)
         with nothing_written(), show_stages() as stages, output_folder(out) as staging:
             dense = load_model(model, calibration, stages)
             require_space(staging, model_bytes(dense.model) * (3 if onnx else 1))
-            sparse, report = convert_model(dense, config, calibrates=not no_calibration, stages=stages)
+            sparse, report = convert_model(dense, config, distill, calibrates=not no_calibration, stages=stages)
             with stages.running("save"):
                 sparse.save(staging)
             where = (staging, target.value, config.tokens, routing_outputs)
@@ -365,6 +375,16 @@ def _refuse_contradiction(
         raise ValueError("--budget goes by errors on calibration data, so leave out --no-calibration")
     if no_calibration and calibration is not None:
         raise ValueError("--no-calibration and --calibration FILE contradict each other; give one of them")
+
+
+def _refuse_distill(steps: int, no_calibration: bool, config: SparsifyConfig) -> None:
+    if steps and no_calibration:
+        raise ValueError("--distill trains on calibration data, so leave out --no-calibration")
+    if steps and config.router_name != MLPRouter.system.name:
+        raise ValueError(
+            f"--distill teaches the router {MLPRouter.system.name}, whose experts all count 1, not "
+            f"{config.router_name}; train that one in a loop of your own, or leave out --distill"
+        )
 
 
 def _refuse_routes_without_file(routing_outputs: bool, onnx: bool) -> None:

@@ -15,6 +15,8 @@ from sparsify.api import sparsify
 from sparsify.bench import BenchReport, bench
 from sparsify.config import SparsifyConfig
 from sparsify.console import Stages, bad_input
+from sparsify.distillation import distill
+from sparsify.errors import CalibrationError
 from sparsify.report import MetricReport, Report
 from sparsify.sparse_model import SparseModel
 
@@ -39,13 +41,17 @@ def load_model(spec: str, calibration: Path | None, stages: Stages) -> DenseMode
 
 
 def convert_model(
-    dense: DenseModel, config: SparsifyConfig, *, calibrates: bool, stages: Stages
+    dense: DenseModel, config: SparsifyConfig, distill_steps: int, *, calibrates: bool, stages: Stages
 ) -> tuple[SparseModel, Report]:
-    """Converts, and measures the metric of the model before and after where it has one."""
+    """Converts, trains for so many steps, and measures the metric of the model before and after where it has one."""
+    if distill_steps and dense.calibration is None:
+        raise CalibrationError(f"--distill trains on calibration data, and {dense.name} comes without any")
     batches = dense.calibration() if calibrates and dense.calibration is not None else None
     model = (dense.model, dense.args, dense.kwargs)  # the results are files, which need the whole graph
     sparse = sparsify(*model, config=config, calibration=batches, allow_parts=False, progress=stages)
     report = sparse.report
+    if distill_steps and report.converted:
+        report = _distilled(sparse, dense, distill_steps, stages)
     if dense.metric is None or not report.converted:
         return sparse, report
     stages("metric", 0, 2)
@@ -55,6 +61,17 @@ def convert_model(
     stages("metric", 2, 2)
     metric = MetricReport(dense.metric.name, dense.metric.higher_is_better, before, after)
     return sparse, dataclasses.replace(report, metric=metric)
+
+
+def _distilled(sparse: SparseModel, dense: DenseModel, steps: int, stages: Stages) -> Report:
+    """Trains `sparse` in place; its report then says so, as the errors in it are those of before."""
+    assert dense.calibration is not None
+
+    def progress(done: int, total: int, loss: float) -> None:
+        stages("distill", done, total)
+
+    done = distill(sparse, dense.model, dense.calibration(), steps=steps, progress=progress)
+    return dataclasses.replace(sparse.report, notes=(*sparse.report.notes, f"then trained as a whole: {done}"))
 
 
 def export_model(

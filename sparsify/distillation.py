@@ -1,9 +1,9 @@
 """Light training of a converted model towards the dense one, without labels.
 
 Both models run on the same batches. At every converted FFN the hidden state behind it is compared with that of the
-dense model, token by token and relative to the size of the hidden state; the outputs are compared as a whole. Experts
-follow the gradient of the sum; each router learns which experts its own layer was better off with
-(`passes/split/choice_loss.py`), as chosen ids pass no gradient.
+dense model, token by token and relative to the size of the hidden state; the outputs are compared as a whole. All
+weights but those of routers follow the gradient of the sum; each router learns which experts its own layer was better
+off with (`passes/split/choice_loss.py`), as chosen ids pass no gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ _ROUTED_TOKENS = 256  # of a layer and step that teach its router: all its exper
 _EVERY = 50  # steps between checkpoints
 _MOST_BATCH_TOKENS = 2**62
 
+Trained = Literal["everything", "experts", "routers"]
 # Called as progress(step, steps, loss).
 DistillProgress = Callable[[int, int, float], None]
 
@@ -69,16 +70,14 @@ def distill(
     batches: Iterable[object],
     *,
     steps: int,
-    train: Literal["experts", "routers"] = "experts",
+    train: Trained = "everything",
     through: Literal["model", "block"] = "model",
     learning_rate: float = 3e-4,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: DistillProgress | None = None,
 ) -> DistillReport:
-    """Train the experts and routers of `sparse`, in place, to give the hidden states and outputs of `dense`.
-
-    Only what the conversion made is trained; weights that `sparse` shares with `dense` stay as they are.
+    """Train `sparse`, in place, to give the hidden states and outputs of `dense`, which stays as it is.
 
     Args:
         sparse: a converted model, captured as a whole.
@@ -86,11 +85,13 @@ def distill(
         batches: as `calibration=` of `sparsify` takes them; read once, then used in a new random order each time
             around. Positions where a keyword `attention_mask` is 0 do not count.
         steps: batches to train on.
-        train: "experts" and their routers, or "routers" alone.
+        train: "everything" but embedding tables, of which a step sees few rows; "experts" and their routers, or
+            "routers" alone, which leave the weights that both models share as they are. The first gives `sparse`
+            copies of those: attention learns to make up for what the experts lost, so it comes much closer.
         through: "model" lets an error reach the experts of all layers before it; "block" only those of its own layer,
             which needs less memory and time.
         learning_rate: of the experts, with Adam, rising over a tenth of the steps and falling along a cosine; routers
-            take three times as much.
+            take three times as much, and what the conversion left as it was a third.
         seed: of the order of the batches.
         checkpoint: a safetensors file, written every 50 steps and at the end; where it is there, training goes on from
             it, to the same result. It must be of the same call.
@@ -107,11 +108,13 @@ def distill(
     _check(sparse, steps, train, through, learning_rate)
     start = time.perf_counter()
     reference = _capture(dense, sparse)
+    if train == "everything":
+        _own_weights(sparse, dense)
     calls = read_batches(batches, _MOST_BATCH_TOKENS)
     ffns = routed_ffns(sparse, {node.name for node in reference.graph.nodes})
     _require_same(ffns, reference)
     groups = _parameters(sparse, train)
-    rates = (learning_rate, 3 * learning_rate)
+    rates = (learning_rate, 3 * learning_rate, learning_rate / 3)
     optimizer = torch.optim.Adam([{"params": p, "rate": r} for p, r in zip(groups, rates, strict=True) if p])
     file = None if checkpoint is None else Path(checkpoint)
     names = {id(parameter): name for name, parameter in sparse.named_parameters()}
@@ -155,8 +158,8 @@ def _check(sparse: object, steps: int, train: str, through: str, learning_rate: 
         )
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
-    if train not in ("experts", "routers"):
-        raise ValueError(f'train must be "experts" or "routers", got {train!r}')
+    if train not in get_args(Trained):
+        raise ValueError(f"train must be one of {', '.join(get_args(Trained))}, got {train!r}")
     if through not in ("model", "block"):
         raise ValueError(f'through must be "model" or "block", got {through!r}')
     if not learning_rate > 0:
@@ -180,8 +183,8 @@ def _require_same(ffns: Sequence[RoutedFFN], reference: GraphModule) -> None:
         )
 
 
-def _parameters(sparse: SparseModel, train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Of the experts, and of the routers; shared modules count once."""
+def _parameters(sparse: SparseModel, train: Trained) -> tuple[list[nn.Parameter], ...]:
+    """Of the experts, of the routers, and of all else; shared modules count once."""
     experts: dict[int, nn.Parameter] = {}
     routers: dict[int, nn.Parameter] = {}
     for name, router in sparse.routers.items():
@@ -189,7 +192,36 @@ def _parameters(sparse: SparseModel, train: str) -> tuple[list[nn.Parameter], li
             if child in ("experts", "shared"):
                 experts |= {id(p): p for p in module.parameters() if p.is_floating_point()}
         routers |= {id(p): p for p in router.parameters()}
-    return (list(experts.values()) if train == "experts" else []), list(routers.values())
+    kept = experts.keys() | routers.keys() | {id(table) for table in _embedding_tables(sparse)}
+    others = [p for p in sparse.parameters() if p.is_floating_point() and id(p) not in kept]
+    return (
+        list(experts.values()) if train != "routers" else [],
+        list(routers.values()),
+        others if train == "everything" else [],
+    )
+
+
+def _embedding_tables(sparse: SparseModel) -> list[nn.Parameter]:
+    """What `embedding` looks up rows of."""
+    tables = {
+        str(source.target)
+        for node in sparse.graph.nodes
+        if node.target is torch.ops.aten.embedding.default
+        for source in node.all_input_nodes
+        if source.op == "get_attr"
+    }
+    return [parameter for name, parameter in sparse.named_parameters(remove_duplicate=False) if name in tables]
+
+
+def _own_weights(sparse: SparseModel, dense: nn.Module) -> None:
+    """Give `sparse` copies of the weights that it shares with `dense`; what it shares with itself stays shared."""
+    shared = {parameter.untyped_storage().data_ptr() for parameter in dense.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for module in sparse.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.untyped_storage().data_ptr() in shared:
+                copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(module, name, copies.setdefault(id(parameter), copy))
 
 
 def _order(count: int, step: int, seed: int) -> int:

@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sparsify import SparsifyConfig, bench
@@ -302,6 +303,19 @@ def test_a_budget_reaches_the_conversion(tmp_path, budget):
     assert config.budget == budget
 
 
+def test_a_trained_conversion_says_so_and_keeps_its_promises(tmp_path):
+    """The training is in the report, in the saved model and in its ONNX file."""
+    options = ("--experts", "4", "--top-k", "1", "--select", "all", "--json")
+    plain = json.loads(run("convert", "tiny_factory:model", "-o", tmp_path / "plain", *options).stdout)
+    out = tmp_path / "trained"
+    result = json.loads(run("convert", "tiny_factory:model", "-o", out, *options, "--distill", "3").stdout)
+    assert [note for note in result["report"]["notes"] if note.startswith("then trained as a whole: 3 steps in ")]
+    assert not [note for note in plain["report"]["notes"] if "trained as a whole" in note]
+    weights, trained = (load_file(folder / "model.safetensors") for folder in (tmp_path / "plain", out))
+    assert any(not torch.equal(weights[name], trained[name]) for name in weights)
+    assert json.loads(run("verify", out, "--json").stdout)["kept"]
+
+
 def test_files_of_others_are_not_overwritten(tmp_path):
     """The weights of the dense model have the same name, and -o with its folder is a slip of the hand."""
     (tmp_path / "model.safetensors").write_text("precious")
@@ -345,6 +359,8 @@ def test_files_of_others_are_not_overwritten(tmp_path):
         (["tiny_factory:model", "--budget", "12ms"], "such as target_tokens=512"),
         (["tiny_factory:model", "--budget", "0.5", "--top-k", "2"], "give one or the other"),
         (["tiny_factory:model", "--budget", "0.5", "--no-calibration"], "leave out --no-calibration"),
+        (["tiny_factory:model", "--distill", "5", "--no-calibration"], "leave out --no-calibration"),
+        (["tiny_factory:model", "--distill", "5", "--router", "top-k"], "teaches the router mlp"),
         (["tiny_factory:model", "--budget", "1%", "--select", "all"], "Raise the budget to 6.25% or more"),
     ],
 )
