@@ -201,8 +201,8 @@ def convert(
         typer.Option(
             min=0,
             metavar="STEPS",
-            help="Train the converted model so long, all of it, to give the hidden states and outputs of the dense "
-            "one; needs no labels.",
+            help="Train experts and routers so long, through the whole model, to give the hidden states and outputs of "
+            "the dense one; needs no labels.",
         ),
     ] = 0,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export ONNX files and check them.")] = True,

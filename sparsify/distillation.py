@@ -36,7 +36,7 @@ _ROUTED_TOKENS = 256  # of a layer and step that teach its router: all its exper
 _EVERY = 50  # steps between checkpoints
 _MOST_BATCH_TOKENS = 2**62
 
-Trained = Literal["everything", "experts", "routers"]
+Trained = Literal["experts", "routers", "everything"]
 # Called as progress(step, steps, loss).
 DistillProgress = Callable[[int, int, float], None]
 
@@ -70,7 +70,7 @@ def distill(
     batches: Iterable[object],
     *,
     steps: int,
-    train: Trained = "everything",
+    train: Trained = "experts",
     through: Literal["model", "block"] = "model",
     learning_rate: float = 3e-4,
     seed: int = 0,
@@ -85,13 +85,13 @@ def distill(
         batches: as `calibration=` of `sparsify` takes them; read once, then used in a new random order each time
             around. Positions where a keyword `attention_mask` is 0 do not count.
         steps: batches to train on.
-        train: "everything" but embedding tables, of which a step sees few rows; "experts" and their routers, or
-            "routers" alone, which leave the weights that both models share as they are. The first gives `sparse`
-            copies of those: attention learns to make up for what the experts lost, so it comes much closer.
+        train: "experts" and their routers, or "routers" alone, which leave the weights that both models share as they
+            are; or "everything" but embedding tables, of which a step sees few rows: `sparse` gets copies of what it
+            shares, which takes memory, and a third of the learning rate.
         through: "model" lets an error reach the experts of all layers before it; "block" only those of its own layer,
             which needs less memory and time.
         learning_rate: of the experts, with Adam, rising over a tenth of the steps and falling along a cosine; routers
-            take three times as much, and what the conversion left as it was a third.
+            take three times as much.
         seed: of the order of the batches.
         checkpoint: a safetensors file, written every 50 steps and at the end; where it is there, training goes on from
             it, to the same result. It must be of the same call.

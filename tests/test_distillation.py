@@ -48,7 +48,7 @@ def test_comes_closer_and_changes_only_experts(
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     original = {name: value.clone() for name, value in dense.state_dict().items()}
     wanted_gradients = [parameter.requires_grad for parameter in sparse.parameters()]
-    report = distill(sparse, dense, batches, steps=20, train="experts", through=through)  # type: ignore[arg-type]
+    report = distill(sparse, dense, batches, steps=20, through=through)  # type: ignore[arg-type]
     assert sum(report.losses[-6:]) < 0.95 * sum(report.losses[:6])
     assert all(torch.equal(value, original[name]) for name, value in dense.state_dict().items())
     names = changed(sparse, before)
@@ -58,13 +58,13 @@ def test_comes_closer_and_changes_only_experts(
 
 
 def test_everything_but_the_dense_model_and_tables_learns(dense: nn.Module, batches: list[Tensor]) -> None:
-    """Protects: the default reaches attention and norms, in copies of the weights that the dense model shares."""
+    """Protects: train="everything" reaches attention and norms, in copies of what the dense model shares."""
     options: dict[str, Any] = {"num_experts": 4, "top_k": 1, "num_shared_experts": 0, "select": "all", "refit": False}
     sparse, other = (sparsify(dense, batches[0][:2, :5], calibration=batches, **options) for _ in range(2))
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     original = {name: value.clone() for name, value in dense.state_dict().items()}
-    whole = distill(sparse, dense, batches, steps=20)
-    experts = distill(other, dense, batches, steps=20, train="experts")
+    whole = distill(sparse, dense, batches, steps=20, train="everything")
+    experts = distill(other, dense, batches, steps=20)
     assert sum(whole.losses[-6:]) < sum(experts.losses[-6:])
     assert all(torch.equal(value, original[name]) for name, value in dense.state_dict().items())
     same = {name for name, value in sparse.state_dict().items() if torch.equal(value, before[name])}
@@ -111,7 +111,7 @@ def test_refusals(dense: nn.Module, batches: list[Tensor], folder: Path) -> None
     sparse = SparseModel.load(folder)
     with pytest.raises(TypeError, match="needs a SparseModel, got"):
         distill(dense, dense, batches, steps=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="train must be one of everything, experts, routers"):
+    with pytest.raises(ValueError, match="train must be one of experts, routers, everything"):
         distill(sparse, dense, batches, steps=1, train="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="learning_rate must be above 0"):
         distill(sparse, dense, batches, steps=1, learning_rate=0.0)
