@@ -19,11 +19,10 @@ from sparsify.passes.split.choice_loss import choose
 from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.split_ffn import SplitResult, split_ffn
 from sparsify.passes.split.statistics import chunks
-from sparsify.passes.split.train_router import expert_norms, train_router
-from sparsify.routers import MLPRouter, UnitRouter
+from sparsify.passes.split.train_router import expert_norms, learn_logits, train_router
+from sparsify.routers import UnitRouter
 
 _RIDGE = 1e-3
-_STEPS, _BATCH, _LEARNING_RATE = 300, 512, 1e-2  # of the sets; those of `train_router`
 
 FitRouter = Callable[[Experts, Tensor, SparsifyConfig, Tensor | None], UnitRouter]
 
@@ -64,11 +63,8 @@ def by_sets(experts: Experts, x: Tensor, config: SparsifyConfig, ids: Tensor | N
     """Our perceptron, on whether an expert is one of the K that lower the error most, found greedily."""
     top_k = config.top_k - config.shared
     chosen = choose(GreedyRouter(experts, top_k).logits(x), top_k)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        router = MLPRouter(x.shape[1], experts.num_routed, top_k, config.router_hidden_size)
-    _learn_sets(router, x, chosen, config.seed)
-    return router.requires_grad_(False).eval()
+    loss = functional.binary_cross_entropy_with_logits
+    return learn_logits(x, chosen, top_k, config.router_hidden_size, config.seed, loss).eval()
 
 
 class GreedyRouter(UnitRouter):
@@ -120,22 +116,3 @@ def _ridge(x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     weight = torch.linalg.solve(gram, (tokens - centre).t() @ (scores.double() - middle))
     return weight.to(x.dtype), (middle - centre @ weight).to(x.dtype)
 
-
-def _learn_sets(router: MLPRouter, x: Tensor, chosen: Tensor, seed: int) -> None:
-    """On standardised tokens; the standardisation is folded into the router."""
-    mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(router.parameters(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
-    for _ in range(_STEPS):
-        rows = torch.randint(len(x), (min(_BATCH, len(x)),), generator=generator)
-        with torch.enable_grad():
-            logits = router.logits((x[rows] - mean) / std)
-            loss = functional.binary_cross_entropy_with_logits(logits, chosen[rows])
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        router.hidden.weight /= std
-        router.hidden.bias.sub_(router.hidden.weight @ mean)

@@ -59,13 +59,10 @@ def test_comes_closer_and_changes_only_experts(
 
 def test_everything_but_the_dense_model_and_tables_learns(dense: nn.Module, batches: list[Tensor]) -> None:
     """Protects: train="everything" reaches attention and norms, in copies of what the dense model shares."""
-    options: dict[str, Any] = {"num_experts": 4, "top_k": 1, "num_shared_experts": 0, "select": "all", "refit": False}
-    sparse, other = (sparsify(dense, batches[0][:2, :5], calibration=batches, **options) for _ in range(2))
+    sparse = sparsify(dense, batches[0][:2, :5], num_experts=4, top_k=1, select="all")
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     original = {name: value.clone() for name, value in dense.state_dict().items()}
-    whole = distill(sparse, dense, batches, steps=20, train="everything")
-    experts = distill(other, dense, batches, steps=20)
-    assert sum(whole.losses[-6:]) < sum(experts.losses[-6:])
+    distill(sparse, dense, batches, steps=2, train="everything")
     assert all(torch.equal(value, original[name]) for name, value in dense.state_dict().items())
     same = {name for name, value in sparse.state_dict().items() if torch.equal(value, before[name])}
     tables = {name for name, module in dense.named_modules() if isinstance(module, nn.Embedding)}

@@ -6,9 +6,11 @@ T tokens, D hidden_size, R routed experts.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.statistics import chunks
@@ -43,18 +45,18 @@ def _norms(experts: Experts, x: Tensor) -> Tensor:
     for e, last in enumerate(itertools.accumulate(sizes)):
         own = slice(last - sizes[e], last)  # units
         projected = [
-            torch.nn.functional.linear(x, weight[own].flatten(0, 1), None if bias is None else bias[own].flatten())
+            functional.linear(x, weight[own].flatten(0, 1), None if bias is None else bias[own].flatten())
             for weight, bias in zip(experts.projections, experts.projection_biases, strict=True)
         ]
         hidden = experts.activation(*projected, *(v[own].flatten() if v.dim() == 2 else v for v in experts.vectors))
         bias = None if experts.expert_bias is None else experts.expert_bias[own].sum(0)
         down = experts.down[own].transpose(0, 1).flatten(1)
-        columns.append(torch.nn.functional.linear(hidden, down, bias).norm(dim=1))
+        columns.append(functional.linear(hidden, down, bias).norm(dim=1))
     return torch.stack(columns, dim=1)
 
 
 def train_router(x: Tensor, norms: Tensor, top_k: int, router_hidden_size: int, seed: int) -> MLPRouter:
-    """Regress the norms, both sides standardised, with Adam and a falling learning rate.
+    """Regress the norms, which are put on one scale.
 
     Args:
         x: `[T, D]`, T > 0.
@@ -62,31 +64,43 @@ def train_router(x: Tensor, norms: Tensor, top_k: int, router_hidden_size: int, 
         top_k: routed experts that will run for a token.
         router_hidden_size: width of the hidden layer.
         seed: of the initial weights and the order of the batches.
+    """
+    targets = norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
+    return learn_logits(x, targets, top_k, router_hidden_size, seed, functional.mse_loss)
+
+
+def learn_logits(
+    x: Tensor, targets: Tensor, top_k: int, router_hidden_size: int, seed: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> MLPRouter:
+    """Bring logits near targets, on standardised tokens, with Adam and a falling learning rate.
+
+    Args:
+        x: `[T, D]`, T > 0.
+        targets: `[T, R]`.
+        top_k: routed experts that will run for a token.
+        router_hidden_size: width of the hidden layer.
+        seed: of the initial weights and the order of the batches.
+        loss: of logits and targets.
 
     Returns:
         A router that takes `x` as it is: the standardisation is folded into its weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        router = MLPRouter(x.shape[1], norms.shape[1], top_k, router_hidden_size).to(x.dtype)
+        router = MLPRouter(x.shape[1], targets.shape[1], top_k, router_hidden_size).to(x.dtype)
     mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-    targets = norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
-    with torch.enable_grad():
-        _descend(router, (x - mean) / std, targets, seed)
-    with torch.no_grad():
-        router.hidden.weight /= std
-        router.hidden.bias.sub_(router.hidden.weight @ mean)
-    return router.requires_grad_(False)
-
-
-def _descend(router: MLPRouter, x: Tensor, targets: Tensor, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    tokens, generator = (x - mean) / std, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(router.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
     for _ in range(_STEPS):
         batch = torch.randint(len(x), (min(_BATCH, len(x)),), generator=generator)
-        loss = (router.logits(x.index_select(0, batch)) - targets.index_select(0, batch)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
+        with torch.enable_grad():
+            error = loss(router.logits(tokens.index_select(0, batch)), targets.index_select(0, batch))
+            optimizer.zero_grad()
+            error.backward()
         optimizer.step()
         schedule.step()
+    with torch.no_grad():
+        router.hidden.weight /= std
+        router.hidden.bias.sub_(router.hidden.weight @ mean)
+    return router.requires_grad_(False)
