@@ -8,21 +8,17 @@ The work is done in a hidden folder beside the file; a failure at any point leav
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import tempfile
-from collections.abc import Collection, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
-from torch import fx, nn
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor, fx, nn
 
-from sparsify.errors import ExportError, OutputError
+from sparsify.errors import ExportError
 from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.capture import capture
 from sparsify.passes.find_layers import Layer, LayerFacts, find_layers
@@ -40,7 +36,7 @@ from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
 from sparsify.passes.lower_onnx.expert_region import ExpertRegion, find_regions
 from sparsify.passes.lower_onnx.flat_graph import flatten_graph, with_names
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
-from sparsify.passes.lower_onnx.lowerings import Deviation, Lowering, Target
+from sparsify.passes.lower_onnx.lowerings import WHOLE, Deviation, Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 from sparsify.passes.lower_onnx.metadata import QUANTIZED, FileLayer, conversions, metadata
 from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
@@ -49,6 +45,8 @@ from sparsify.passes.lower_onnx.quantize_experts import quantize_experts as quan
 from sparsify.passes.lower_onnx.routing_outputs import with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import require_runtime, runtime_version
 from sparsify.passes.lower_onnx.trace_onnx import trace_onnx
+from sparsify.passes.lower_onnx.write_files import move_all, workshop, write_model
+from sparsify.passes.original_weights import original_weights
 from sparsify.passes.thread_ids import own_inputs
 from sparsify.passes.verify_onnx import (
     OnnxParity,
@@ -61,9 +59,6 @@ from sparsify.passes.verify_onnx import (
 from sparsify.sparse_model import SparseModel
 
 _Names = tuple["Sequence[str] | None", "Sequence[str] | None"]  # of inputs and outputs
-
-# A protobuf message ends at 2 GiB; names and nodes need a little of it.
-_LARGEST_FILE = 2**31 - 2**27
 
 
 @dataclass(frozen=True)
@@ -185,13 +180,14 @@ def export_onnx(
         target: what will run it. "portable" keeps to standard operators.
         lowering: "expert_chain" and "sorted_split" compute the chosen experts in standard operators, "dense_masked"
             all experts at once, "moe_op" is one `com.microsoft::MoE` node a layer; "auto" takes the fastest one that
-            is exact, layer by layer. "dense" is a layer with all its experts on, and without its router.
+            is exact, layer by layer. "dense" is a layer with all its experts on, and without its router; "original" is
+            the FFN of `dense` that it was made from.
         target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
         measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
-        allow: what the file may compute in place of the model, where that is faster. "dense": a split layer with all
-            its experts on, as by `set_top_k(num_experts)`, so that no layer is slower than a dense one. "tanh_gelu":
-            GELU by tanh where `com.microsoft::MoE` is taken, which has no other. The report says by how much outputs
-            differ.
+        allow: what the file may compute in place of the model, where that is faster. "dense": in place of a split
+            layer the FFN of `dense` that it was made from, or, where that is not given, the layer with all its experts
+            on, as by `set_top_k(num_experts)`; so no layer is slower than a dense one. "tanh_gelu": GELU by tanh where
+            `com.microsoft::MoE` is taken, which has no other. The report says by how much outputs differ.
         routing_outputs: give the file two more outputs for every converted FFN, `<ffn>.expert_ids` and
             `<ffn>.routing_weights`, `[T, K]` each: which experts each token had, -1 for none, and how much they
             counted.
@@ -200,7 +196,7 @@ def export_onnx(
         output_names: a name for every output tensor, in order.
         quantize_experts: "int8" or "int4" stores the weights of the experts so, with a scale for 32 features; the
             report says what it costs. onnxruntime runs them by `com.microsoft::MatMulNBits`; "portable" needs opset 21.
-        dense: the dense model with the same inputs; it is written to `<stem>.dense.onnx`, for comparison.
+        dense: the dense model that `sparse` was made from; it is written to `<stem>.dense.onnx`, for comparison.
         verify: run the file and compare it with the model at several shapes.
 
     Returns:
@@ -229,19 +225,23 @@ def export_onnx(
         refuse_random(sparse.graph)
     path, names = Path(path), (input_names, output_names)
     dense_path = path.with_name(f"{path.stem}.dense.onnx") if dense is not None else None
-    with _workshop(path) as workshop:
+    with workshop(path) as staging:
         copied, kind = frozenset(sparse.info.shards), quantize_experts
-        choice = _Choice(target, lowering, tokens, measure, tuple(allow), opset, routing_outputs, kind, copied)
+        is_needed = dense is not None and (lowering == "original" or "dense" in allow)
+        originals = original_weights(sparse, dense) if dense is not None and is_needed else None
+        choice = _Choice(
+            target, lowering, tokens, measure, tuple(allow), opset, routing_outputs, kind, copied, originals
+        )
         model, layers, deviation = _sparse_onnx(sparse, choice, names)
-        _write(model, workshop / path.name)
+        write_model(model, staging / path.name)
         if dense is not None and dense_path is not None:
-            _export_dense(dense, sparse, workshop / dense_path.name, opset, names, verify)
-        parity = verify_onnx(sparse, workshop / path.name) if verify else None
+            _export_dense(dense, sparse, staging / dense_path.name, opset, names, verify)
+        parity = verify_onnx(sparse, staging / path.name, dense) if verify else None
         quantized = None
         if quantize_experts is not None:
-            quantized = _quantize(model, sparse, workshop / path.name, quantize_experts, target, layers, verify)
-        file_bytes = sum(file.stat().st_size for file in workshop.glob(f"{path.name}*"))
-        _move_all(workshop, path.parent)
+            quantized = _quantize(model, sparse, staging / path.name, quantize_experts, target, layers, verify)
+        file_bytes = sum(file.stat().st_size for file in staging.glob(f"{path.name}*"))
+        move_all(staging, path.parent)
     return ExportReport(path, target, tokens, opset, layers, parity, file_bytes, dense_path, quantized, deviation)
 
 
@@ -272,7 +272,7 @@ def _quantize(
     model.metadata_props[QUANTIZED] = kind
     for old in path.parent.glob(f"{path.name}*"):
         old.unlink()
-    _write(model, path)
+    write_model(model, path)
     return QuantizedExperts(kind, weight_error, quantization_error(sparse, path) if verify else None)
 
 
@@ -289,6 +289,7 @@ class _Choice:
     routing_outputs: bool
     quantized: Quantized | None
     copied: frozenset[str]  # layers whose experts are copies
+    originals: Mapping[str, Mapping[str, Tensor]] | None  # weights by layer, None without a dense model
 
 
 def _sparse_onnx(
@@ -307,15 +308,20 @@ def _sparse_onnx(
     for region in regions:
         mark_router(region)
     exports = _choose_all(layers, regions, options)
+    originals = options.originals or {}
     for region, export in zip(regions, exports, strict=True):
+        if export.lowering == "original":
+            _set_weights(model.graph, originals[export.name])
         lower_layer(region, export.lowering)
     lower_placeholders(model)
     in_file = [
-        FileLayer(export.name, export.lowering, export.reason, "" if export.lowering == "dense" else str(ids.name))
+        FileLayer(export.name, export.lowering, export.reason, "" if export.lowering in WHOLE else str(ids.name))
         for export, ids in zip(exports, expert_ids, strict=True)
     ]
     entries = metadata(options.target, in_file, conversions(layers, sparse.info.report))
-    moved = deviation_of(flat_model(sparse), as_written(sparse, in_file)) if deviates(in_file, layers) else None
+    moved = None
+    if deviates(in_file, layers):
+        moved = deviation_of(flat_model(sparse), as_written(sparse, in_file, originals))
     return _labelled(model, entries), exports, moved
 
 
@@ -332,19 +338,21 @@ def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport
     facts, runtime = layer.facts, runtime_version()
     if options.lowering != "auto":
         refused = why_not(options.lowering, facts, options.target, runtime, options.allow)
-        if options.lowering == "dense":
-            refused = refused or _not_dense(layer, options)
+        refused = refused or _not_whole(options.lowering, layer, options)
         if refused is not None:
             raise ExportError(
                 f'{layer.name} cannot be lowered as "{options.lowering}": {refused}. Use lowering="auto" or '
                 '"sorted_split"'
             )
         return LayerExport(layer.name, options.lowering, "as asked")
-    refused = refusals(facts, options.target, runtime, options.allow)
+    allow: list[Deviation | Lowering] = [*options.allow]
+    if "dense" in allow and options.originals is not None:
+        allow[allow.index("dense")] = "original"
+    refused = refusals(facts, options.target, runtime, allow)
     if options.quantized:
         refused["moe_op"] = "it takes no quantised weights"
-    if "dense" in refused:
-        refused["dense"] = refused["dense"] or _not_dense(layer, options)
+    for name in refused:
+        refused[name] = refused[name] or _not_whole(name, layer, options)
 
     def measure(lowerings: Sequence[Lowering]) -> Sequence[Sequence[float] | None]:
         return measure_lowerings(region, options.opset, lowerings, options.tokens)
@@ -353,8 +361,18 @@ def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport
     return LayerExport(layer.name, *chosen)
 
 
-def _not_dense(layer: Layer, options: _Choice) -> str | None:
-    """What besides its facts keeps a layer from being written with all its experts on, None if nothing does."""
+def _set_weights(graph: ir.Graph, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if name in graph.initializers:  # a layer whose experts have no shared one beside them lacks its weights
+            graph.initializers[name].const_value = TorchTensor(weight, name=name)
+
+
+def _not_whole(lowering: Lowering, layer: Layer, options: _Choice) -> str | None:
+    """What besides its facts keeps a layer from being written as one FFN, None if nothing does."""
+    if lowering not in WHOLE:
+        return None
+    if lowering == "original" and layer.name not in (options.originals or {}):
+        return "dense= is not given, or has no FFN that its experts were made from"
     if layer.name in options.copied:
         return "its experts are copies, not parts of one FFN"
     if options.quantized:
@@ -366,7 +384,7 @@ def _export_dense(dense: nn.Module, sparse: SparseModel, path: Path, opset: int,
     args, kwargs = sparse.info.args, own_inputs(dense, sparse.info.kwargs)
     captured = dense if isinstance(dense, fx.GraphModule) else capture(dense, args, kwargs)
     flat = with_names(flatten_graph(captured, args, kwargs, sparse.dynamic_dims()), *names)
-    _write(_labelled(trace_onnx(flat, opset), {}), path)
+    write_model(_labelled(trace_onnx(flat, opset), {}), path)
     if verify:
         compare_file(flat, path)
 
@@ -377,63 +395,3 @@ def _labelled(model: ir.Model, entries: dict[str, str]) -> ir.Model:
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.update(entries)
     return model
-
-
-@contextmanager
-def _workshop(path: Path) -> Generator[Path]:
-    """A hidden folder beside `path`; making it shows, before any work, that files can be written there."""
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; give the name of a file in it, such as model.onnx")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        workshop = tempfile.TemporaryDirectory(dir=path.parent, prefix=".sparsify-")
-    with workshop as folder:
-        yield Path(folder)
-
-
-def _write(model: ir.Model, path: Path) -> None:
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    external = f"{path.name}.data" if size > _LARGEST_FILE else None
-    with _writing(path):
-        ir.save(model, path, external_data=external)
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported graph is not valid ONNX: {error}; report this model") from error
-
-
-def _move_all(workshop: Path, folder: Path) -> None:
-    """Put the finished files in place, data before the model that refers to it; all of them, or none."""
-    kept = workshop / "kept"
-    files = sorted(workshop.iterdir(), key=lambda file: file.suffix != ".data")
-    with _writing(folder / files[-1].name):
-        kept.mkdir()
-        for file in files:
-            if (folder / file.name).exists():
-                _keep(folder / file.name, kept / file.name)
-        try:
-            for file in files:
-                os.replace(file, folder / file.name)
-        except BaseException:
-            for old in kept.iterdir():
-                os.replace(old, folder / old.name)
-            raise
-
-
-def _keep(file: Path, place: Path) -> None:
-    """A second name for the content of a file; a copy where the disk knows no such names."""
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copyfile(file, place)
-
-
-@contextmanager
-def _writing(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        cause = error.strerror or str(error)
-        raise OutputError(
-            f"cannot write {path}: {cause}. Choose a folder on a disk with free space where you may write"
-        ) from error

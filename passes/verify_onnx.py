@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 import torch
 from onnx.external_data_helper import uses_external_data
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph
 
 from sparsify.errors import ExportError, LoadError, VerificationError
@@ -28,10 +28,12 @@ from sparsify.passes.find_layers import Layer, find_layers
 from sparsify.passes.graph_values import op_name
 from sparsify.passes.lower_onnx.as_written import as_written, deviates, flat_model
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, with_names
+from sparsify.passes.lower_onnx.lowerings import WHOLE
 from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_quantized, read_target
 from sparsify.passes.lower_onnx.probe import Reference, references
 from sparsify.passes.lower_onnx.routing_outputs import has_routing_outputs, with_routing_outputs
 from sparsify.passes.lower_onnx.runtime import open_session, require_runtime, run_session
+from sparsify.passes.original_weights import original_weights
 from sparsify.sparse_model import SparseModel
 
 _OTHER_SHAPES = 3
@@ -87,17 +89,19 @@ class _IdCheck:
     ties: int
 
 
-def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
+def verify_onnx(sparse: SparseModel, path: str | Path, dense: nn.Module | None = None) -> OnnxParity:
     """Compare a file written by `export_onnx` with the model that it was exported from.
 
     Where the export was allowed to deviate, the model is compared that deviates alike: with all experts of a layer on,
-    or with GELU by tanh.
+    its original FFN, or GELU by tanh.
 
     Args:
         sparse: the model.
         path: the file.
+        dense: the model that it was converted from, where the file holds some of its FFNs.
 
     Raises:
+        ValueError: the file holds FFNs of the dense model, which is not given, or does not have them.
         VerificationError: expert ids or outputs differ, or the file belongs to another model.
         ExportError: onnxruntime cannot load or run the file, or the model draws random numbers.
         LoadError: the file is damaged, or no ONNX file.
@@ -110,8 +114,22 @@ def verify_onnx(sparse: SparseModel, path: str | Path) -> OnnxParity:
     file_layers, layers = read_layers(proto), find_layers(flat.root, flat.graph)
     _check_layers(path, layers, file_layers)
     if deviates(file_layers, layers):
-        flat = as_written(sparse, file_layers)
+        flat = as_written(sparse, file_layers, _originals(sparse, file_layers, dense))
     return _compare(flat, path, proto)
+
+
+def _originals(
+    sparse: SparseModel, layers: Sequence[FileLayer], dense: nn.Module | None
+) -> dict[str, dict[str, Tensor]]:
+    wanted = [layer.name for layer in layers if layer.lowering == "original"]
+    found = original_weights(sparse, dense) if wanted and dense is not None else {}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"the file holds the original FFN of {', '.join(missing)}; give the dense model that was converted, as "
+            "dense="
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,7 @@ def _compare(flat: FlatGraph, path: Path, proto: onnx.ModelProto) -> OnnxParity:
             "quantize_experts to compare"
         )
     layers = find_layers(flat.root, flat.graph)
-    file_layers = [layer for layer in read_layers(proto) if layer.lowering != "dense"]
+    file_layers = [layer for layer in read_layers(proto) if layer.lowering not in WHOLE]
     _check_layers(path, layers, file_layers)
     flat = _with_outputs_of(proto, path, flat, layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from sparsify.passes.find_layers import Layer, find_layers
 from sparsify.passes.fuse_moe import unfuse_moe
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, flatten_graph
+from sparsify.passes.lower_onnx.lowerings import WHOLE
 from sparsify.passes.lower_onnx.metadata import FileLayer
 from sparsify.passes.merge_experts import merge_experts
+from sparsify.passes.original_weights import with_weights
 from sparsify.sparse_model import SparseModel
 
 
@@ -22,16 +24,21 @@ def flat_model(sparse: SparseModel) -> FlatGraph:
     return flat
 
 
-def as_written(sparse: SparseModel, layers: Sequence[FileLayer]) -> FlatGraph:
-    """The model with the layers that the file holds as "dense" merged, and GELU by tanh where it holds the op for it.
+def as_written(
+    sparse: SparseModel, layers: Sequence[FileLayer], originals: Mapping[str, Mapping[str, Tensor]]
+) -> FlatGraph:
+    """The model with the layers that the file holds as one FFN merged, and GELU by tanh where it holds the op for it.
 
     Args:
         sparse: the model; left as it is.
         layers: those of the file; their names are those of the model.
+        originals: weights of the original FFNs, for those that the file holds (see `original_weights`).
     """
     info = sparse.info
-    dense = {layer.name for layer in layers if layer.lowering == "dense"}
-    model = merge_experts(sparse, info.shards, info.args, info.kwargs, only=dense) if dense else sparse
+    whole = {layer.name for layer in layers if layer.lowering in WHOLE}
+    of_dense = [originals[layer.name] for layer in layers if layer.lowering == "original"]
+    model = with_weights(sparse, {name: weight for weights in of_dense for name, weight in weights.items()})
+    model = merge_experts(model, info.shards, info.args, info.kwargs, only=whole) if whole else sparse
     flat = flatten_graph(model, info.args, info.kwargs, sparse.dynamic_dims())
     unfuse_moe(model, flat.graph)
     by_op = {layer.name for layer in layers if layer.lowering == "moe_op"}
@@ -50,7 +57,7 @@ def deviates(layers: Sequence[FileLayer], facts: Sequence[Layer]) -> bool:
     """
     pairs = zip(layers, facts, strict=True)
     return any(
-        written.lowering == "dense" or (written.lowering == "moe_op" and layer.facts.activation == "gelu")
+        written.lowering in WHOLE or (written.lowering == "moe_op" and layer.facts.activation == "gelu")
         for written, layer in pairs
     )
 

@@ -2,8 +2,8 @@
 
 `expert_chain` and `sorted_split` compute the chosen experts alone, in standard operators; `dense_masked` computes all
 of them, which is faster where they are small; `moe_op` is one `com.microsoft::MoE` node. Where the op is exact is
-measured (onnxruntime 1.23 to 1.32 on the CPU) or read in its source (CUDA). `dense`, and the op in place of an exact
-GELU, compute something else than the model: the user must allow them.
+measured (onnxruntime 1.23 to 1.32 on the CPU) or read in its source (CUDA). `dense`, `original`, and the op in place of
+an exact GELU, compute something else than the model: the user must allow them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.costs import predict_seconds
-from sparsify.passes.lower_onnx.lowerings import Deviation, Lowering, Target, Version
+from sparsify.passes.lower_onnx.lowerings import WHOLE, Deviation, Lowering, Target, Version
 
 # One token at a time, a few, and a batch of sequences.
 DEFAULT_TOKENS = (1, 32, 512)
@@ -53,7 +53,7 @@ class LoweringTime:
 
 
 def refusals(
-    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Deviation] = ()
+    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Deviation | Lowering] = ()
 ) -> dict[Lowering, str | None]:
     """Every lowering, and why it would not compute what the model computes; None for those that are exact or allowed.
 
@@ -61,10 +61,10 @@ def refusals(
         facts: of the layer.
         target: what will run the file.
         runtime: the version of onnxruntime, e.g. `(1, 31, 1)`; None if it is not known.
-        allow: what the file may compute in place of the model; without "dense" that lowering is left out.
+        allow: what the file may compute in place of the model; of `WHOLE` what is not named is left out.
     """
     known = cast(tuple[Lowering, ...], get_args(Lowering))
-    names: list[Lowering] = [name for name in known if name != "dense" or "dense" in allow]
+    names: list[Lowering] = [name for name in known if name not in WHOLE or name in allow]
     return {name: why_not(name, facts, target, runtime, allow) for name in names}
 
 
@@ -105,8 +105,9 @@ def _reason(best: LoweringTime, refused: Mapping[Lowering, str | None], tokens: 
     others = {reason: name for name, reason in refused.items() if reason is not None}  # one is enough of equal reasons
     excluded = "".join(f"; {name} does not fit: {reason}" for reason, name in others.items())
     at = f"at {', '.join(map(str, tokens))} tokens, as {'measured' if best.measured else 'predicted'}"
-    if best.lowering == "dense":
-        return f"as you allow: with all its experts on it is the fastest {at}{excluded}"
+    if best.lowering in WHOLE:
+        form = "with all its experts on" if best.lowering == "dense" else "as before the conversion"
+        return f"as you allow: {form} it is the fastest {at}{excluded}"
     if best.lowering == "dense_masked":
         return f"all experts at once are faster than the chosen ones {at}{excluded}"
     return f"the fastest {at}{excluded}"
@@ -117,18 +118,18 @@ def why_not(
     facts: LayerFacts,
     target: Target,
     runtime: Version | None,
-    allow: Collection[Deviation] = (),
+    allow: Collection[Deviation | Lowering] = (),
 ) -> str | None:
     """Say why a lowering would be wrong or would not load for a layer; None if it is right."""
     if lowering == "moe_op":
         return why_not_moe_op(facts, target, runtime, allow)
-    if lowering == "dense" and not facts.plain_router:
+    if lowering in WHOLE and not facts.plain_router:
         return "its router weighs experts, so that all of them together are no dense FFN"
     return None if lowering == "sorted_split" else facts.irregular
 
 
 def why_not_moe_op(
-    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Deviation] = ()
+    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Deviation | Lowering] = ()
 ) -> str | None:
     """Say why `com.microsoft::MoE` would be wrong or would not load for a layer; None if it is right."""
     if target == "portable":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sparsify.passes.find_layers import LayerFacts
-from sparsify.passes.lower_onnx.lowerings import Lowering
+from sparsify.passes.lower_onnx.lowerings import WHOLE, Lowering
 
 # Two cores of a Zen 4 server, onnxruntime 1.31.1, fp32, T 1 to 2048, fitted to what benchmarks/onnx_speed.py measures.
 _FLOPS = 1.77e11  # a second, in Gemm
@@ -27,14 +27,14 @@ _ROUTER = 1.5e-5  # seconds, and its products
 
 
 def predict_seconds(lowering: Lowering, facts: LayerFacts, tokens: int) -> float:
-    """The time of one call of a layer, with its router but for "dense", which has none.
+    """The time of one call of a layer, with its router but for those of `WHOLE`, which have none.
 
     Args:
         lowering: how it is written.
         facts: of the layer.
         tokens: T, at least 1.
     """
-    if lowering == "dense":
+    if lowering in WHOLE:
         return _products(facts, tokens, facts.num_experts * facts.expert_size)
     router = _ROUTER + 2 * tokens * facts.router_weights / _FLOPS
     return router + _experts(lowering, facts, tokens)

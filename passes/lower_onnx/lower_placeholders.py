@@ -32,6 +32,7 @@ _LAYERS: dict[Lowering, Callable[[ExpertRegion], None]] = {
     "dense_masked": lower_dense_masked,
     "moe_op": lower_moe_layer,
     "dense": lower_dense_layer,
+    "original": lower_dense_layer,  # its experts hold the weights of the original by then
 }
 
 

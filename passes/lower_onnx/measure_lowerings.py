@@ -1,8 +1,8 @@
 """Time one layer of an exported graph in onnxruntime, alone, with each of several lowerings.
 
-The router runs too where it reads the tokens alone, but for "dense", which has none; experts are chosen evenly at
-random, as random tokens have no favourites among them. One session lives at a time, as the threads of an idle one take
-processor time; lowerings take turns. T tokens, K slots.
+The router runs too where it reads the tokens alone, but for those of `WHOLE`, which have none; experts are chosen
+evenly at random, as random tokens have no favourites among them. One session lives at a time, as the threads of an idle
+one take processor time; lowerings take turns. T tokens, K slots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion, find_regions, is_linear, nodes_of
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
-from sparsify.passes.lower_onnx.lowerings import Lowering
+from sparsify.passes.lower_onnx.lowerings import WHOLE, Lowering
 from sparsify.passes.lower_onnx.runtime import open_session
 from sparsify.passes.lower_onnx.values import dtype_of, input_of, stored
 
@@ -87,7 +87,7 @@ def _layer_model(region: ExpertRegion, router: Sequence[ir.Node], opset: int, lo
         copies.setdefault(value, ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=tensor))
     nodes = [_copy(node, copies) for node in (region.dispatch, *region.inner, region.down, region.combine)]
     outputs = [copies[region.combine.outputs[0]]]
-    if lowering != "dense":  # what the router chooses is an output, so that it runs
+    if lowering not in WHOLE:  # what the router chooses is an output, so that it runs
         nodes += [_copy(node, copies) for node in router]
         outputs += [copies[value] for value in (ids, weights) if value.producer() in router]
     stored = [value for value in copies.values() if value.const_value is not None]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsify.errors import ExportError, OutputError, VerificationError
 from sparsify.passes import export_onnx as stage
 from sparsify.passes.export_onnx import export_onnx
+from sparsify.passes.lower_onnx import write_files
 from sparsify.passes.lower_onnx.lowerings import Lowering, Target
 from sparsify.sparse_model import SparseModel
 
@@ -235,7 +236,7 @@ def test_a_folder_that_cannot_be_written(sparse_layer: Make, tmp_path: Path, mon
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(stage, "trace_onnx", _never)
-    monkeypatch.setattr(stage.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(write_files.tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(OutputError, match=r"Permission denied\. Choose a folder"):
         export_onnx(sparse_layer(), tmp_path / "model.onnx")
 
@@ -250,7 +251,7 @@ def test_a_disk_that_ends_in_a_file(
 
     sparse, path = sparse_layer(hidden=64, size=64), tmp_path / "model.onnx"
     path.write_bytes(b"old")
-    monkeypatch.setattr(stage, "_LARGEST_FILE", largest)
+    monkeypatch.setattr(write_files, "_LARGEST_FILE", largest)
     save, before = stage.ir.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*args: Any, **options: Any) -> None:
@@ -269,7 +270,7 @@ def test_a_disk_that_ends_in_a_file(
 
 def test_an_interrupt_between_two_files(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: new data never stays with an old model; the old pair goes on working."""
-    monkeypatch.setattr(stage, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(write_files, "_LARGEST_FILE", 1000)
     path, old = tmp_path / "model.onnx", sparse_layer(hidden=32)
     export_onnx(old, path)
     replace = os.replace
@@ -279,7 +280,7 @@ def test_an_interrupt_between_two_files(sparse_layer: Make, tmp_path: Path, monk
             raise KeyboardInterrupt
         replace(source, place)
 
-    monkeypatch.setattr(stage.os, "replace", interrupt)
+    monkeypatch.setattr(write_files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_onnx(sparse_layer(hidden=32), path)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
@@ -288,7 +289,7 @@ def test_an_interrupt_between_two_files(sparse_layer: Make, tmp_path: Path, monk
 
 def test_large_weights_go_outside(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model file ends at 2 GB; the data file must be found from where both end up, and while it is checked."""
-    monkeypatch.setattr(stage, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(write_files, "_LARGEST_FILE", 1000)
     path = tmp_path / "model.onnx"
     sparse = sparse_layer(hidden=32)
     report = export_onnx(sparse, path)
@@ -302,7 +303,7 @@ def test_refuses_external_data_that_was_tampered_with(
     sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tampering: str
 ) -> None:
     """Protects: a file from elsewhere must not read outside its folder; one without weights gives no receipt."""
-    monkeypatch.setattr(stage, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(write_files, "_LARGEST_FILE", 1000)
     folder = tmp_path / "model"
     sparse = sparse_layer(hidden=32)
     report = export_onnx(sparse, folder / "model.onnx", lowering="expert_chain")

@@ -40,7 +40,7 @@ def test_a_dense_layer_is_the_one_with_all_experts_on(sparse_transformer: Make, 
     assert verify_onnx(sparse, report.path).max_relative_error <= 1e-5
 
     layers = [FileLayer(name, "dense", "", "") for name in ("layers.0", "layers.1")]
-    written = as_written(sparse, layers)
+    written = as_written(sparse, layers, {})
     for router in sparse.routers.values():
         router.top_k = router.num_experts
     assert deviation_of(flat_model(sparse), written) <= 1e-5
@@ -63,7 +63,7 @@ def test_one_dense_layer_beside_one_that_routes(sparse_transformer: Make) -> Non
     """Protects: only the layers that the file holds so are merged; the others keep weights and routes."""
     sparse = sparse_transformer()
     flat = as_written(
-        sparse, [FileLayer("layers.0", "dense", "", ""), FileLayer("layers.1", "expert_chain", "", "ids")]
+        sparse, [FileLayer("layers.0", "dense", "", ""), FileLayer("layers.1", "expert_chain", "", "ids")], {}
     )
     routers = [node.target for node in flat.graph.find_nodes(op="call_module") if "router" in str(node.target)]
     assert routers == ["layers.1.router"]

@@ -19,11 +19,11 @@ from onnx.reference import ReferenceEvaluator
 from sparsify.passes.export_onnx import export_onnx
 from sparsify.passes.lower_onnx.expert_region import find_regions
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
-from sparsify.passes.lower_onnx.lowerings import Lowering
+from sparsify.passes.lower_onnx.lowerings import WHOLE, Lowering
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 
 E, D, M = 5, 17, 11
-LOWERINGS: list[Lowering] = [name for name in get_args(Lowering) if name != "dense"]  # that runs all experts
+LOWERINGS: list[Lowering] = [name for name in get_args(Lowering) if name not in WHOLE]  # which run all experts
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
