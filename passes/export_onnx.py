@@ -327,11 +327,12 @@ def _sparse_onnx(
 
 def _choose_all(layers: Sequence[Layer], regions: Sequence[ExpertRegion], options: _Choice) -> tuple[LayerExport, ...]:
     """Layers with equal facts get the same lowering, and are measured once."""
-    known: dict[LayerFacts, LayerExport] = {}
-    for layer, region in zip(layers, regions, strict=True):
-        if layer.facts not in known:
-            known[layer.facts] = _choose(layer, region, options)
-    return tuple(dataclasses.replace(known[layer.facts], name=layer.name) for layer in layers)
+    known: dict[tuple[LayerFacts, bool], LayerExport] = {}
+    keys = [(layer.facts, layer.name in (options.originals or {})) for layer in layers]
+    for key, layer, region in zip(keys, layers, regions, strict=True):
+        if key not in known:
+            known[key] = _choose(layer, region, options)
+    return tuple(dataclasses.replace(known[key], name=layer.name) for key, layer in zip(keys, layers, strict=True))
 
 
 def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport:
@@ -363,8 +364,7 @@ def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport
 
 def _set_weights(graph: ir.Graph, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        if name in graph.initializers:  # a layer whose experts have no shared one beside them lacks its weights
-            graph.initializers[name].const_value = TorchTensor(weight, name=name)
+        graph.initializers[name].const_value = TorchTensor(weight, name=name)
 
 
 def _not_whole(lowering: Lowering, layer: Layer, options: _Choice) -> str | None:

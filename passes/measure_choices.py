@@ -6,7 +6,7 @@ no router), or left dense. What is skipped leaves its mean. An error counts rela
 and by what such an error does to the outputs, which is measured once for each FFN, with half of its neurons pruned:
 
     error = mean over tokens of |what is skipped|^2 / |hidden state|^2  *  effect
-    effect = |outputs with half pruned - outputs|^2 / |outputs|^2  /  the same mean with half pruned
+    effect = how far the outputs move with half pruned (`output_change`)  /  the same mean with half pruned
 
 so that layers can be compared. Of the error of a number of parts, what a refit would leave of it if they were pruned
 (`refit_share`) is what counts, routed or pruned. Training lowers all errors further.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from sparsify.config import SparsifyConfig
 from sparsify.passes.calibrate import CalibrationStream, Call
 from sparsify.passes.choices import Choice, FFNChoices
 from sparsify.passes.match_ffn import FFNMatch, Site
+from sparsify.passes.output_change import find_logits, output_change
 from sparsify.passes.plan import ConversionPlan
 from sparsify.passes.refit_share import refit_share
 from sparsify.passes.residual import residual_terms
@@ -68,12 +69,20 @@ def measure_choices(
     todo.sort(key=lambda match: position[match.sites[0].x])
     stream = CalibrationStream(GraphModule(graph_module, copy.deepcopy(graph_module.graph)), _few(batches))
     found: list[FFNChoices] = []
-    outputs = stream.outputs(_TRIED)
+    whole = _Outputs(stream.outputs(_TRIED), find_logits(graph_module))
     for match in todo:
         layer = layers[match.name]
-        choices = _choices(graph_module, stream, outputs, match, layer.configure(config))
+        choices = _choices(graph_module, stream, whole, match, layer.configure(config))
         found.append(FFNChoices(match, layer, config, choices[0], tuple(choices[1:])))
     return found
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Of the model that nothing was pruned from, in one batch; and which of them are logits."""
+
+    tensors: list[Tensor]
+    are_logits: list[bool]
 
 
 def _few(batches: Sequence[Call]) -> list[Call]:
@@ -90,7 +99,7 @@ def _size(call: Call) -> int:
 
 
 def _choices(
-    graph_module: GraphModule, stream: CalibrationStream, outputs: list[Tensor], match: FFNMatch, config: SparsifyConfig
+    graph_module: GraphModule, stream: CalibrationStream, outputs: _Outputs, match: FFNMatch, config: SparsifyConfig
 ) -> list[Choice]:
     site = match.sites[0]
     down = next(node for node in graph_module.graph.nodes if node.name == site.down)
@@ -139,12 +148,9 @@ def _relative(dense: DenseFFN, x: Tensor, residuals: list[Tensor]) -> Tensor:
 
 
 def _moved(
-    stream: CalibrationStream, outputs: list[Tensor], site: Site, dense: DenseFFN, skipped: Tensor, mean: Tensor
+    stream: CalibrationStream, outputs: _Outputs, site: Site, dense: DenseFFN, skipped: Tensor, mean: Tensor
 ) -> float | None:
-    """`|outputs without some neurons - outputs|^2 / |outputs|^2` in one batch; the mean of a neuron stays.
-
-    None where the outputs say nothing: they are zero, or all padding.
-    """
+    """How far the outputs move in one batch without some neurons, whose means stay; None where they say nothing."""
     tokens = stream.value(site.x, _TRIED).movedim(site.x_axis, -1)
     flat = tokens.reshape(-1, tokens.shape[-1]).to(mean.dtype)
     columns = dense.down.weight[:, skipped].t()
@@ -154,10 +160,7 @@ def _moved(
         last = value.movedim(site.down_axis, -1)
         return (last - lost.view_as(last).to(last.dtype)).movedim(-1, site.down_axis)
 
-    pairs = list(zip(stream.outputs(_TRIED, site.down, without), outputs, strict=True))
-    difference = sum(float((ours.double() - theirs.double()).square().sum()) for ours, theirs in pairs)
-    size = sum(float(theirs.double().square().sum()) for _, theirs in pairs)
-    return difference / size if size else None
+    return output_change(outputs.tensors, stream.outputs(_TRIED, site.down, without), outputs.are_logits)
 
 
 def _routed_counts(config: SparsifyConfig) -> dict[int, list[int]]:

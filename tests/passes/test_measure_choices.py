@@ -76,3 +76,33 @@ def test_an_error_counts_by_what_it_does_to_the_outputs() -> None:
     assert all(choice.error == 0 for choice in second.sparse)
     half = next(choice for choice in first.sparse if choice.way == "pruned" and choice.top_k == 4)
     assert 0.001 < half.error < 1
+
+
+class Shifts(nn.Module):
+    """Two FFNs of which the second adds the same number to all outputs, which have a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.first, self.second = (nn.Sequential(nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 24)) for _ in range(2))
+        last = self.second.get_parameter("2.weight").data
+        last[:] = last[:1]
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x + self.first(x)
+        return {self.name: x + self.second(x), "mean": x.mean(-1)}
+
+
+def test_logits_count_by_their_probabilities() -> None:
+    """Protects: what moves all logits alike moves no probability; outputs of another name count as they are."""
+    x, config = torch.randn(4, 16, 24), SparsifyConfig(num_experts=8, select="all", top_k=1)
+    errors: dict[str, list[float]] = {}
+    for name in ("logits", "features"):
+        torch.manual_seed(0)
+        model = Shifts(name).eval()
+        (part,) = find_ffns(model, capture_parts(model, (x,), {}), (x,), {}).parts
+        plan = make_plan(part.matches, config)
+        found = measure_choices(part.graph_module, part.matches, plan, config, [Call((x,), {}, None)])
+        errors[name] = [choices.sparse[-4].error for choices in found]
+    assert errors["logits"][1] < 1e-5 * errors["logits"][0]
+    assert errors["features"][1] > 0.1 * errors["features"][0]
