@@ -138,11 +138,11 @@ def _planned(ffn: FFNChoices, choice: Choice, budget: Budget, cost: Cost) -> Lay
         return LayerPlan(ffn.layer.name, f"budget={budget} leaves it dense: {_why_dense(ffn)}")
     others = [c.error for c in ffn.sparse if c.way != choice.way and cost(c) <= cost(choice)]
     other = {"routed": "pruning", "pruned": "routing"}[choice.way]
-    instead = f"; {other} at no higher cost would add {min(others):.2g}" if others else ""
+    instead = f"; {other} at no higher cost would move them by {min(others):.2g}" if others else ""
     time = f" ({budget.say(cost(choice))})" if budget.unit == "ms" else ""
     reason = (
         f"{ffn.layer.reason}; budget={budget} gives it {choice.macs / ffn.dense.macs:.0%} of its multiply-adds{time}, "
-        f"{choice.way}, which adds an error of {choice.error:.2g} of the squared outputs before training{instead}"
+        f"{choice.way}, which moves the outputs by {choice.error:.2g} before training{instead}"
     )
     times = measured_times(ffn, choice)
     return replace(ffn.layer, top_k=choice.top_k, num_shared_experts=choice.num_shared, reason=reason, times=times)
@@ -152,7 +152,7 @@ def _why_dense(ffn: FFNChoices) -> str:
     if not ffn.sparse:
         return f"no number of parts is faster at {', '.join(map(str, ffn.config.tokens))} tokens"
     least = min(ffn.sparse, key=lambda choice: choice.error)
-    return f"the least error that skipping would add is {least.error:.2g} of the squared outputs, more than elsewhere"
+    return f"skipping would move the outputs by at least {least.error:.2g}, more than elsewhere"
 
 
 def _unreachable(ffns: Sequence[FFNChoices], budget: Budget, least: float, dense: float) -> str:
