@@ -19,6 +19,7 @@ from sparsify import conversion_folder as files
 from sparsify.api import Inspection
 from sparsify.api import inspect as inspect_model
 from sparsify.bench import BenchReport
+from sparsify.cli_refusals import refuse_contradiction, refuse_distill, refuse_routes_without_file
 from sparsify.cli_steps import convert_model, export_model, load_model, model_bytes, time_models, write_reports
 from sparsify.config import Select, SparsifyConfig
 from sparsify.console import BROKEN_PROMISE, bad_input, exit_codes, make_console, nothing_written, show_stages
@@ -28,7 +29,7 @@ from sparsify.passes.thread_ids import own_inputs
 from sparsify.promises import Promise, check_onnx, check_split
 from sparsify.report import Report
 from sparsify.report_text import PLAIN_BOX, print_report, short
-from sparsify.routers import MLPRouter, describe_routers
+from sparsify.routers import describe_routers
 from sparsify.sparse_model import SparseModel
 
 if TYPE_CHECKING:
@@ -234,9 +235,9 @@ def convert(
                 refit=not no_refit,
                 seed=seed,
             )
-            _refuse_contradiction(no_calibration, calibration, budget, top_k if shared is None else shared)
-            _refuse_distill(distill, no_calibration, config)
-            _refuse_routes_without_file(routing_outputs, onnx)
+            refuse_contradiction(no_calibration, calibration, budget, top_k if shared is None else shared)
+            refuse_distill(distill, no_calibration, config)
+            refuse_routes_without_file(routing_outputs, onnx)
         files.refuse_foreign_files(out)
         with nothing_written(), show_stages() as stages, output_folder(out) as staging:
             dense = load_model(model, calibration, stages)
@@ -364,32 +365,6 @@ def _override(text: str) -> tuple[str, dict[str, Any]]:
 def _one_or_several(name: str, text: str) -> int | list[int]:
     numbers = [int(number) for number in text.split("+")]
     return numbers if name == "expert_widths" or len(numbers) > 1 else numbers[0]
-
-
-def _refuse_contradiction(
-    no_calibration: bool, calibration: Path | None, budget: str | None, running: int | None
-) -> None:
-    if budget is not None and running is not None:
-        raise ValueError("--budget chooses --top-k and --shared of every FFN; give one or the other")
-    if budget is not None and no_calibration:
-        raise ValueError("--budget goes by errors on calibration data, so leave out --no-calibration")
-    if no_calibration and calibration is not None:
-        raise ValueError("--no-calibration and --calibration FILE contradict each other; give one of them")
-
-
-def _refuse_distill(steps: int, no_calibration: bool, config: SparsifyConfig) -> None:
-    if steps and no_calibration:
-        raise ValueError("--distill trains on calibration data, so leave out --no-calibration")
-    if steps and config.router_name != MLPRouter.system.name:
-        raise ValueError(
-            f"--distill teaches the router {MLPRouter.system.name}, whose experts all count 1, not "
-            f"{config.router_name}; train that one in a loop of your own, or leave out --distill"
-        )
-
-
-def _refuse_routes_without_file(routing_outputs: bool, onnx: bool) -> None:
-    if routing_outputs and not onnx:
-        raise ValueError("--routing-outputs are outputs of the ONNX file, which --no-onnx leaves out; give one of them")
 
 
 def _size(text: str) -> tuple[int, ...]:

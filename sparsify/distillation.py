@@ -87,7 +87,7 @@ def distill(
         steps: batches to train on.
         train: "experts" and their routers, or "routers" alone, which leave the weights that both models share as they
             are; or "everything" but embedding tables, of which a step sees few rows: `sparse` gets copies of what it
-            shares, which takes memory, and a third of the learning rate.
+            shares, which takes memory, a third of the learning rate, and can no longer be grafted into `dense`.
         through: "model" lets an error reach the experts of all layers before it; "block" only those of its own layer,
             which needs less memory and time.
         learning_rate: of the experts, with Adam, rising over a tenth of the steps and falling along a cosine; routers

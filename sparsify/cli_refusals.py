@@ -1,0 +1,37 @@
+"""Options of `sparsify convert` that do not go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsify.config import SparsifyConfig
+from sparsify.routers import MLPRouter
+
+
+def refuse_contradiction(
+    no_calibration: bool, calibration: Path | None, budget: str | None, running: int | None
+) -> None:
+    """Raise `ValueError` for options of which one says what another one does."""
+    if budget is not None and running is not None:
+        raise ValueError("--budget chooses --top-k and --shared of every FFN; give one or the other")
+    if budget is not None and no_calibration:
+        raise ValueError("--budget goes by errors on calibration data, so leave out --no-calibration")
+    if no_calibration and calibration is not None:
+        raise ValueError("--no-calibration and --calibration FILE contradict each other; give one of them")
+
+
+def refuse_distill(steps: int, no_calibration: bool, config: SparsifyConfig) -> None:
+    """Raise `ValueError` where light training could not learn: before the conversion, which takes minutes."""
+    if steps and no_calibration:
+        raise ValueError("--distill trains on calibration data, so leave out --no-calibration")
+    if steps and config.router_name != MLPRouter.system.name:
+        raise ValueError(
+            f"--distill teaches the router {MLPRouter.system.name}, whose experts all count 1, not "
+            f"{config.router_name}; train that one in a loop of your own, or leave out --distill"
+        )
+
+
+def refuse_routes_without_file(routing_outputs: bool, onnx: bool) -> None:
+    """Raise `ValueError` for outputs of a file that is not written."""
+    if routing_outputs and not onnx:
+        raise ValueError("--routing-outputs are outputs of the ONNX file, which --no-onnx leaves out; give one of them")
