@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
@@ -16,6 +16,19 @@ from torch.utils import _pytree as pytree
 def tensor_leaves(tree: object) -> list[Tensor]:
     """The tensors of inputs or outputs; caches and other objects, which a graph drops, are left out."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def output_leaves(graph_module: GraphModule, output: Any) -> list[tuple[Any, Any]]:
+    """What a captured model returns, value by value, each with its path in the model's own output.
+
+    Args:
+        graph_module: the model.
+        output: the argument of its output node, or of that in a copy of its graph.
+    """
+    pytree_info = getattr(getattr(graph_module.graph, "_codegen", None), "pytree_info", None)
+    if pytree_info is not None:
+        output = pytree.tree_unflatten(pytree.tree_leaves(output), pytree_info.out_spec)
+    return list(pytree.tree_flatten_with_path(output)[0])
 
 
 def as_node(argument: Argument) -> Node:

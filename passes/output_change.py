@@ -9,29 +9,23 @@ count: its other outputs are there for other uses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
+from torch.nn import functional
 
-from sparsify.passes.graph_values import fake_tensor
-from sparsify.passes.split.statistics import chunks
+from sparsify.passes.graph_values import fake_tensor, output_leaves
 
 _LOGITS = "logits"
+_AT_ONCE = 2**22  # logits: 17 MB of each distribution
 
 
 def find_logits(graph_module: GraphModule) -> list[bool]:
     """Which of the floating outputs that have a dimension are logits, in order."""
     (output,) = graph_module.graph.find_nodes(op="output")
-    tree: Any = output.args[0]
-    pytree_info = getattr(getattr(graph_module.graph, "_codegen", None), "pytree_info", None)
-    if pytree_info is not None:
-        tree = pytree.tree_unflatten(pytree.tree_leaves(tree), pytree_info.out_spec)
     found: list[bool] = []
-    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+    for path, leaf in output_leaves(graph_module, output.args[0]):
         value = fake_tensor(leaf) if isinstance(leaf, Node) else None
         if value is not None and value.is_floating_point() and value.dim() > 0:
             found.append(bool(path) and _LOGITS in (getattr(path[-1], "key", None), getattr(path[-1], "name", None)))
@@ -53,16 +47,24 @@ def output_change(outputs: Sequence[Tensor], moved: Sequence[Tensor], are_logits
     logits = [pair for pair, holds in zip(pairs, are_logits, strict=True) if holds and pair[0].numel()]
     if logits:
         return sum(_divergence(*pair) for pair in logits)
-    difference = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
-    size = sum(float(a.double().square().sum()) for a, _ in pairs)
-    return difference / size if size else None
+    return relative_difference(pairs) ** 2 if any(a.any() for a, _ in pairs) else None
+
+
+def relative_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """`|b - a| / |a|`, L2 over all pairs of an output and the same one after a change; of the same shapes."""
+    difference, size = 0.0, 0.0
+    for a, b in pairs:
+        difference += float((b.double() - a.double()).square().sum())
+        size += float(a.double().square().sum())
+    return (difference / size) ** 0.5 if size else difference**0.5
 
 
 def _divergence(logits: Tensor, moved: Tensor) -> float:
     """Mean over the rows."""
-    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (logits, moved)]
+    size = logits.shape[-1]
+    rows = [tensor.reshape(-1, size).split(max(1, _AT_ONCE // size)) for tensor in (logits, moved)]
     total = 0.0
-    for a, b in zip(*map(chunks, rows), strict=True):
+    for a, b in zip(*rows, strict=True):
         p, q = a.float().log_softmax(1), b.float().log_softmax(1)
-        total += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
-    return total / len(rows[0])
+        total += float(functional.kl_div(q, p, log_target=True, reduction="sum"))
+    return total * size / logits.numel()

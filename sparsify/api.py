@@ -18,7 +18,6 @@ from sparsify.convert_budget import convert_within
 from sparsify.convert_parts import Conversion, convert_parts
 from sparsify.errors import CalibrationError, CaptureError, NoFFNError
 from sparsify.make_report import conversion_notes, ffn_reports, input_notes, part_notes
-from sparsify.output_error import relative_difference, run_outputs
 from sparsify.passes.branches import Branch, read_branches
 from sparsify.passes.calibrate import Call, as_call, read_batches
 from sparsify.passes.capture import DynamicShapes, capture
@@ -27,9 +26,11 @@ from sparsify.passes.convert import convert
 from sparsify.passes.find_causality import refuse_non_causal
 from sparsify.passes.find_ffns import FoundFFNs, find_ffns
 from sparsify.passes.match_ffn import FFNMatch, Rejection
+from sparsify.passes.output_change import relative_difference
 from sparsify.passes.plan import ConversionPlan, fit_plan, make_plan
 from sparsify.passes.thread_ids import IdSource, read_ids, split_added
 from sparsify.report import Report
+from sparsify.run_outputs import run_outputs
 from sparsify.sparse_model import SparseModel, SparseModelInfo
 
 # Called as progress(stage, done, total).

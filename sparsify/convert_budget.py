@@ -13,15 +13,16 @@ from torch.fx import GraphModule
 from sparsify.budget import Budget
 from sparsify.config import SparsifyConfig
 from sparsify.convert_parts import Conversion
-from sparsify.output_error import relative_difference, run_outputs
 from sparsify.passes.allocate import allocate
 from sparsify.passes.calibrate import Call, read_batches
 from sparsify.passes.capture_parts import record_calls
 from sparsify.passes.choices import FFNChoices
 from sparsify.passes.find_ffns import FoundFFNs
 from sparsify.passes.measure_choices import measure_choices
+from sparsify.passes.output_change import relative_difference
 from sparsify.passes.plan import ConversionPlan
 from sparsify.passes.time_choices import time_choices
+from sparsify.run_outputs import run_outputs
 from sparsify.search_budget import cheapest_within, hold_out_batches
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]

@@ -10,7 +10,8 @@ import torch
 from sparsify import sparsify
 from sparsify.errors import BudgetError, CalibrationError
 from sparsify.models.bert import Bert, BertConfig
-from sparsify.output_error import relative_difference, run_outputs
+from sparsify.passes.output_change import relative_difference
+from sparsify.run_outputs import run_outputs
 from sparsify.search_budget import cheapest_within, hold_out_batches
 
 OPTIONS: dict[str, Any] = {"num_experts": 8, "select": "all", "router_hidden_size": 4, "distill_steps": 0}

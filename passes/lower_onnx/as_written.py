@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from sparsify.passes.find_layers import Layer, find_layers
 from sparsify.passes.fuse_moe import unfuse_moe
@@ -36,9 +37,11 @@ def as_written(
     """
     info = sparse.info
     whole = {layer.name for layer in layers if layer.lowering in WHOLE}
-    of_dense = [originals[layer.name] for layer in layers if layer.lowering == "original"]
-    model = with_weights(sparse, {name: weight for weights in of_dense for name, weight in weights.items()})
-    model = merge_experts(model, info.shards, info.args, info.kwargs, only=whole) if whole else sparse
+    model: GraphModule = sparse
+    if whole:
+        of_dense = [originals[layer.name] for layer in layers if layer.lowering == "original"]
+        model = with_weights(sparse, {name: weight for weights in of_dense for name, weight in weights.items()})
+        model = merge_experts(model, info.shards, info.args, info.kwargs, only=whole)
     flat = flatten_graph(model, info.args, info.kwargs, sparse.dynamic_dims())
     unfuse_moe(model, flat.graph)
     by_op = {layer.name for layer in layers if layer.lowering == "moe_op"}

@@ -36,7 +36,7 @@ def lower_dense_masked(region: ExpertRegion) -> None:
     if dtype == ir.DataType.FLOAT16:  # neurons may overflow: 0 * inf of an expert that was not chosen must not show
         chosen = tape.op("Cast", [mask_of_neurons], {"to": ir.DataType.BOOL})
         by_expert = tape.op("Where", [chosen, by_expert, _zero(tape, dtype)])
-    masked = tape.op("Mul", [by_expert, mask_of_neurons])  # in onnxruntime up to 4 times as fast as Where
+    masked = tape.op("Mul", [by_expert, mask_of_neurons])  # which onnxruntime does faster than Where
     masked = tape.op("Reshape", [masked, constant(tape, [-1, region.num_experts * neurons])])  # [T, F]
     y = _down(tape, region.down, masked, mask)
     region.replace(tape, {region.combine.outputs[0]: y})

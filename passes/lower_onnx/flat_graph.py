@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ExportError
-from sparsify.passes.graph_values import is_in_place
+from sparsify.passes.graph_values import is_in_place, output_leaves
 
 _CHECKS = (
     torch.ops.aten._assert_scalar.default,
@@ -154,11 +154,8 @@ def _drop_unread(graph: fx.Graph) -> None:
 
 def _named_outputs(model: fx.GraphModule, output: Any, taken: Mapping[str, object]) -> dict[str, Node]:
     """The output tensors by name: the path in the output pytree where it has keys, else `output`, `output_1`, ..."""
-    pytree_info = getattr(getattr(model.graph, "_codegen", None), "pytree_info", None)
-    if pytree_info is not None:
-        output = pytree.tree_unflatten(pytree.tree_leaves(output), pytree_info.out_spec)
     named: dict[str, Node] = {}
-    for position, (path, node) in enumerate(pytree.tree_flatten_with_path(output)[0]):
+    for position, (path, node) in enumerate(output_leaves(model, output)):
         if not isinstance(node, Node):
             continue
         named[_unique(_path_name(path, position), (*taken, *named))] = node

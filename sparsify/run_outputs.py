@@ -1,8 +1,8 @@
-"""How far the outputs of a converted model are from those of the dense one."""
+"""The outputs of a dense or converted model, to be compared (`passes/output_change.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,3 @@ def run_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     with evaluation_mode(model), same_random_numbers():  # routers may add noise, and drop, in training
         tensors = tensor_leaves(model(*args, **kwargs))
     return [without_padding(tensor, kwargs) for tensor in tensors if tensor.is_floating_point() and tensor.dim() > 0]
-
-
-def relative_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """`|b - a| / |a|`, L2 over all pairs of a dense and a converted output together; of the same shapes."""
-    difference, size = 0.0, 0.0
-    for dense, converted in pairs:
-        difference += float((converted.double() - dense.double()).square().sum())
-        size += float(dense.double().square().sum())
-    return (difference / size) ** 0.5 if size else difference**0.5
