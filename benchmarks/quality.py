@@ -3,6 +3,7 @@
     python benchmarks/quality.py minilm                                       every method and budget, three seeds
     python benchmarks/quality.py smollm2 --budget 0.75 --method ours --seeds 1
     python benchmarks/quality.py minilm --eval-text FILE                      judged on a text of yours
+    python benchmarks/quality.py minilm --method ours --experts 48            finer experts
 
 Budgets are shares of the multiply-adds of the FFNs; router and shared experts count. Calibration and evaluation are
 disjoint by document, and options were chosen on a third set (`--split development`). Every cell is written to
@@ -13,10 +14,11 @@ against measured latency are made from the file.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 from unittest import mock
@@ -33,6 +35,7 @@ from sparsify.models.text import Split
 
 _BUDGETS = (0.125, 0.25, 0.5, 0.75)
 _EXPERT_SIZE = 48  # neurons
+_DEFAULTS = {"effort": 1, "experts": None}  # of cells that were made before there was a choice
 _ROUNDS, _TIMED_SECONDS = 30, 4.0
 _TRIAL_STEPS = 20
 _TRAINED_ROWS = 16  # of a batch
@@ -46,6 +49,7 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(METHODS)}")] = None,
     seeds: int = 3,
     distill_minutes: Annotated[float, typer.Option(help="of light training after the conversion, end to end")] = 0,
+    experts: Annotated[int | None, typer.Option(help="parts of an FFN; by default of 48 neurons each")] = None,
     effort: Annotated[int, typer.Option(help="times the calibration text and the steps of the training in blocks")] = 1,
     split: Annotated[str, typer.Option(help="held_out, or development to choose options by")] = "held_out",
     eval_text: Annotated[Path | None, typer.Option(help="judge on this text instead")] = None,
@@ -61,8 +65,10 @@ def main(
     table: dict[str, Any] = {"machine": describe_machine(read_machine(with_onnxruntime=False)), "data": subject.data}
     table["dense"] = {name: evaluate(subject.model) for name, evaluate in subject.metrics.items()}
     table["cells"] = json.loads(file.read_text())["cells"] if file.is_file() else []
-    for key in _cells(budget or _BUDGETS, method or list(METHODS), seeds, distill_minutes, effort, subject.data):
-        if any(all(cell.get(name, 1) == value for name, value in key.items()) for cell in table["cells"]):
+    same: dict[str, Any] = {"minutes": distill_minutes, "effort": effort, "experts": experts, "data": subject.data}
+    for own in _cells(budget or _BUDGETS, method or list(METHODS), seeds):
+        key = own | same
+        if any(all(cell.get(name, _DEFAULTS.get(name)) == key[name] for name in key) for cell in table["cells"]):
             continue
         cell = key | _cell(subject, METHODS[key["method"]], key)
         print(json.dumps(cell), flush=True)
@@ -74,14 +80,9 @@ def main(
     plot(table, subject.higher_is_better, file.with_suffix(".png"))
 
 
-def _cells(
-    budgets: tuple[float, ...] | list[float], methods: list[str], seeds: int, minutes: float, effort: int, data: str
-) -> Iterator[dict[str, Any]]:
-    for budget in budgets:
-        for method in methods:
-            for seed in range(seeds):
-                own = {"budget": budget, "method": method, "seed": seed}
-                yield own | {"minutes": minutes, "effort": effort, "data": data}
+def _cells(budgets: Iterable[float], methods: Iterable[str], seeds: int) -> Iterator[dict[str, Any]]:
+    for budget, method, seed in itertools.product(budgets, methods, range(seeds)):
+        yield {"budget": budget, "method": method, "seed": seed}
 
 
 def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: list[Any]) -> SparseModel:
     size = ffn_size(subject)
-    experts = max(16, size.neurons // _EXPERT_SIZE)
+    experts = key["experts"] or max(16, size.neurons // _EXPERT_SIZE)
     more = {name: key["effort"] * getattr(SparsifyConfig, name) for name in ("distill_steps", "max_calibration_tokens")}
     options: dict[str, Any] = {**more, **method.options, "num_experts": experts, "select": "all", "seed": key["seed"]}
     options["router_hidden_size"] = router_width(size.hidden)

@@ -51,8 +51,9 @@ def _groups(cells: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         effort = f", effort {cell['effort']}" if cell.get("effort", 1) > 1 else ""
+        parts = f", E={cell['experts']}" if cell.get("experts") else ""
         trained = f" + {cell['minutes']:g} min of distill" if cell["minutes"] else ""
-        groups.setdefault(cell["method"] + effort + trained, []).append(cell)
+        groups.setdefault(cell["method"] + parts + effort + trained, []).append(cell)
     return groups
 
 

@@ -96,6 +96,10 @@ class CalibrationStream:
             tokens = [_read_tokens(environment[node], axis, mask, index, name) for node, axis in wanted]
             yield [*tokens, *(_read_ids(environment[node], mask) for node in id_nodes)]
 
+    def pass_by(self, name: str) -> None:
+        """Execute all up to a node, and hold no value that only it and nodes before it read."""
+        self._advance([next(node for node in self._graph_module.graph.nodes if node.name == name)])
+
     def value(self, name: str, index: int) -> Tensor:
         """Of a node that `tokens_at` was just asked for, in one batch."""
         return next(value for node, value in self._environments[index].items() if node.name == name)

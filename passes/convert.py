@@ -32,10 +32,10 @@ from sparsify.passes.insert_moe import InsertMoEPass
 from sparsify.passes.make_experts import make_experts
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.plan import ConversionPlan
-from sparsify.passes.residual import residual_terms
+from sparsify.passes.residual import residual_sum, residual_terms
 from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
 from sparsify.passes.split.fold_vectors import fold_vectors
-from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out
+from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out, join
 from sparsify.passes.split.statistics import chunks
 from sparsify.passes.thread_ids import IdSource, thread_ids
 from sparsify.passes.token_layout import group_size
@@ -127,13 +127,12 @@ def convert(
         group = _group(graph_module, match, options)
         id_nodes = thread_ids(graph_module.graph, match, ids) if ids is not None else ()
         if len(match.sites) > 1:
-            sample = _pooled(dense_module, batches, match, dense, config.max_calibration_tokens, ids)
+            parts = [_pooled(dense_module, batches, match, dense, config.max_calibration_tokens, ids)]
         else:
-            sample = _sample(reference, stream, graph_module, match, id_nodes)
+            parts = _samples(reference, stream, graph_module, match, id_nodes)
             outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
-        tokens = 0 if calibration is None else len(sample.x)
-        fit, measured = (_synthetic(sample, config.seed), sample) if calibration is None else hold_out(sample)
-        del sample
+        tokens = 0 if calibration is None else sum(len(part.x) for part in parts)
+        fit, measured = hold_out(parts) if calibration is not None else _synthetic(join(parts), config.seed)
         trim_heap()
         copied = [branch.read(match.name) for branch in branches]
         result = make_experts(dense, original, fit, measured, options, copied, may_refit=calibration is not None)
@@ -254,14 +253,14 @@ def _in_order(graph_module: GraphModule, matches: list[FFNMatch]) -> list[FFNMat
     return sorted(matches, key=lambda match: position[match.sites[0].x])
 
 
-def _sample(
+def _samples(
     reference: CalibrationStream,
     stream: CalibrationStream,
     graph_module: GraphModule,
     match: FFNMatch,
     id_nodes: Sequence[str],
-) -> Sample:
-    """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one.
+) -> list[Sample]:
+    """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one, by batch.
 
     Batch after batch, so that of all tokens only these two are held.
     """
@@ -270,7 +269,8 @@ def _sample(
     residual_places = [(term.name, site.down_axis) for term in residual_terms(down)]
     places = [(site.x, site.x_axis), *residual_places]
     dense_places = [(site.down, site.down_axis), *residual_places]
-    found: list[list[Tensor]] = []
+    found: list[tuple[Tensor, Tensor, list[Tensor]]] = []
+    variances: list[Tensor] = []
     batches = zip(
         stream.batches_at(places, match.name, id_nodes), reference.batches_at(dense_places, match.name), strict=True
     )
@@ -280,9 +280,14 @@ def _sample(
         residuals, ids = others[: len(residual_places)], others[len(residual_places) :]
         for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
             target = target + (dense_residual - residual)  # not in place: without a mask it is a view of the stream
-        found.append([x, target, _variance(target, residuals), *ids])
-    x, target, variance, *ids = [torch.cat([parts.pop(0) for parts in found]) for _ in range(len(found[0]))]
-    return Sample(x, target, _weights(variance), ids[0] if ids else None)
+        found.append((x, target, ids))
+        variances.append(_variance(target, residuals))
+    reference.pass_by(residual_sum(down).name)
+    weights = _weights(torch.cat(variances)).split([len(variance) for variance in variances])
+    return [
+        Sample(x, target, weight, ids[0] if ids else None)
+        for (x, target, ids), weight in zip(found, weights, strict=True)
+    ]
 
 
 def _variance(target: Tensor, residuals: list[Tensor]) -> Tensor:
@@ -319,11 +324,11 @@ def _pooled(
     return Sample(x, torch.cat([dense(part) for part in chunks(x)]), x.new_ones(len(x)), ids)
 
 
-def _synthetic(sample: Sample, seed: int) -> Sample:
-    """4096 tokens with the mean and spread, feature by feature, of the few that the example inputs give."""
+def _synthetic(sample: Sample, seed: int) -> tuple[Sample, Sample]:
+    """4096 tokens with the mean and spread, feature by feature, of the few that the example inputs give; and these."""
     generator = torch.Generator().manual_seed(seed)
     x = sample.x
     noise: Tensor = torch.randn(_SYNTHETIC_TOKENS, x.shape[1], generator=generator, dtype=x.dtype)
     mean, std = x.mean(0), x.std(0, correction=0)
     ids = None if sample.ids is None else sample.ids[torch.arange(_SYNTHETIC_TOKENS) % len(x)]
-    return Sample(mean + noise * std, sample.target.new_empty(0), sample.weight.new_empty(0), ids)
+    return Sample(mean + noise * std, sample.target.new_empty(0), sample.weight.new_empty(0), ids), sample

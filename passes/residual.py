@@ -5,6 +5,8 @@ hidden = r + dropout(down_proj(...))         returns (r,);  more terms where sev
 
 from __future__ import annotations
 
+import itertools
+
 from torch.fx import Node
 
 from sparsify.passes.activation import is_view
@@ -18,16 +20,32 @@ def residual_terms(down: Node) -> tuple[Node, ...]:
     Returns:
         Nodes of the shape of the output, all computed before it; empty where the output goes elsewhere first.
     """
-    terms: list[Node] = []
-    node = down
-    while len(node.users) == 1:
-        (reader,) = node.users
-        if op_name(reader) == "add" and not reader.kwargs:
-            terms += [arg for arg in reader.all_input_nodes if arg is not node and _same_shape(arg, node)]
-        elif not is_inert(reader) and not (is_view(reader) and as_node(reader.args[0]) is node):
-            break
-        node = reader
+    chain = _chain(down)
+    terms = [
+        arg
+        for node, reader in itertools.pairwise(chain)
+        if op_name(reader) == "add"
+        for arg in reader.all_input_nodes
+        if arg is not node and _same_shape(arg, node)
+    ]
     return tuple(term for term in terms if term < down)
+
+
+def residual_sum(down: Node) -> Node:
+    """The hidden state behind `down`, once all was added; `down` itself where nothing is."""
+    return _chain(down)[-1]
+
+
+def _chain(down: Node) -> list[Node]:
+    """`down` and what follows it one after the other: sums, and what leaves the values as they are."""
+    chain = [down]
+    while len(chain[-1].users) == 1:
+        node, (reader,) = chain[-1], chain[-1].users
+        adds = op_name(reader) == "add" and not reader.kwargs
+        if not adds and not is_inert(reader) and not (is_view(reader) and as_node(reader.args[0]) is node):
+            break
+        chain.append(reader)
+    return chain
 
 
 def _same_shape(a: Node, b: Node) -> bool:

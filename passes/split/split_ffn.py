@@ -205,12 +205,32 @@ def _thin(sample: Sample) -> Sample:
     return sample.take(slice(None, None, -(-len(sample.x) // _CLOSED_FORM_TOKENS)))
 
 
-def hold_out(sample: Sample) -> tuple[Sample, Sample]:
-    """Divide into tokens to fit to and tokens to measure on; fewer than ten tokens serve both."""
-    held = torch.arange(len(sample.x)) % _HELD_OUT == _HELD_OUT - 1
-    if not held.any():
-        return sample, sample
-    return sample.take(~held), sample.take(held)
+def hold_out(parts: list[Sample]) -> tuple[Sample, Sample]:
+    """Divide into tokens to fit to and tokens to measure on; fewer than ten tokens serve both.
+
+    Args:
+        parts: of the tokens, in their order; emptied, so that no token is held twice.
+    """
+    if sum(len(part.x) for part in parts) < _HELD_OUT:
+        whole = join(parts)
+        return whole, whole
+    fit: list[Sample] = []
+    measured: list[Sample] = []
+    first = 0
+    while parts:
+        part = parts.pop(0)
+        held = torch.arange(first, first + len(part.x)) % _HELD_OUT == _HELD_OUT - 1
+        fit.append(part.take(~held))
+        measured.append(part.take(held))
+        first += len(held)
+    return join(fit), join(measured)
+
+
+def join(parts: list[Sample]) -> Sample:
+    """One after the other; ids are those of all or of none."""
+    ids = [part.ids for part in parts if part.ids is not None]
+    x, target, weight = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "target", "weight"))
+    return Sample(x, target, weight, torch.cat(ids) if ids else None)
 
 
 def count_tokens(expert_ids: Tensor, num_experts: int) -> tuple[int, ...]:

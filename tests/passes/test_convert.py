@@ -22,6 +22,7 @@ from sparsify.passes.convert import convert
 from sparsify.passes.match_ffn import match_ffn
 from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.plan import make_plan
+from sparsify.passes.residual import residual_sum, residual_terms
 from sparsify.passes.split.dense_ffn import read_ffn
 
 CONFIG = SparsifyConfig(num_experts=4, top_k=2, router_hidden_size=8)
@@ -52,8 +53,10 @@ def test_the_target_leads_back_to_the_dense_model(model: nn.Module) -> None:
     run(graph_module, replace(CONFIG, select=first.name), [IDS])
     reference, stream = CalibrationStream(dense_module, [as_call(IDS)]), CalibrationStream(graph_module, [as_call(IDS)])
     down = next(node for node in graph_module.graph.nodes if node.name == second.sites[0].down)
-    (residual,) = module.residual_terms(down)
-    sample = module._sample(reference, stream, graph_module, second, ())
+    (residual,) = residual_terms(down)
+    (sample,) = module._samples(reference, stream, graph_module, second, ())
+    held = [node.name for node in reference._environments[0] if node.op == "call_function"]
+    assert held == [residual_sum(down).name]  # the hidden state, not what it is a sum of
     streams = CalibrationStream(dense_module, [as_call(IDS)]), CalibrationStream(graph_module, [as_call(IDS)])
     with torch.no_grad():
         (dense_x, dense_r), (x, r) = (s.tokens_at([(second.sites[0].x, -1), (residual.name, -1)], "") for s in streams)

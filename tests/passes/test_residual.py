@@ -1,4 +1,4 @@
-"""`residual_terms`: what the model adds to the output of an FFN."""
+"""`residual_terms` and `residual_sum`: what the model adds to the output of an FFN, and the hidden state then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsify.models.gpt import GPT, GPTConfig
 from sparsify.passes.capture import capture
 from sparsify.passes.match_ffn import match_ffn
 from sparsify.passes.normalize_linear import NormalizeLinearPass
-from sparsify.passes.residual import residual_terms
+from sparsify.passes.residual import residual_sum, residual_terms
 
 
 def terms(model: nn.Module, x: Tensor) -> list[tuple[str, ...]]:
@@ -51,3 +51,12 @@ def test_chains_and_ends() -> None:
     assert terms(Ending(lambda x, y: torch.stack([x + y, y])), x) == [("x",)]
     assert terms(Ending(lambda x, y: y + x[:1, :1]), x) == [("x",)]
     assert terms(Ending(lambda x, y: y), x) == [("x",)]
+
+
+def test_the_hidden_state_is_the_last_sum() -> None:
+    """Protects: what the dense stream goes on from; a scale is behind it."""
+    x = torch.randn(2, 3, 4)
+    graph_module = NormalizeLinearPass()(capture(Ending(lambda x, y: 2 * (x + (x.sin() + y))), (x,))).graph_module
+    ((match,), _) = match_ffn(graph_module)
+    down = next(node for node in graph_module.graph.nodes if node.name == match.sites[0].down)
+    assert residual_sum(down).name == "add_1"
