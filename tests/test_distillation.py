@@ -70,6 +70,35 @@ def test_everything_but_the_dense_model_and_tables_learns(dense: nn.Module, batc
     assert not [name for name in same if "attention" in name or "norm" in name]
 
 
+class _Named(nn.Module):
+    """Logits that are called so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.model(ids)}
+
+
+def test_logits_are_compared_as_probabilities(batches: list[Tensor]) -> None:
+    """Protects: they count by their divergence, under no other name; hidden states count alike."""
+    torch.manual_seed(0)
+    dense = Llama(LlamaConfig()).eval()
+    losses: list[float] = []
+    for model in (_Named(dense), dense):
+        sparse = sparsify(model, batches[0][:2, :5], num_experts=4, top_k=1, select="all")
+        with torch.no_grad():
+            output = sparse(batches[0])
+        losses += distill(sparse, model, batches[:1], steps=1).losses
+    with torch.no_grad():
+        a, b = dense(batches[0]).double(), output.double()
+    p, q = a.softmax(-1), b.softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1).mean()
+    relative = (a - b).square().sum() / a.square().sum()
+    assert losses[0] - losses[1] == pytest.approx(float(divergence - relative), rel=1e-3)
+
+
 def test_routers_alone(dense: nn.Module, batches: list[Tensor], folder: Path) -> None:
     """Protects: train="routers" leaves the experts alone."""
     sparse = SparseModel.load(folder)
