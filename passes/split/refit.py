@@ -92,15 +92,21 @@ class _Moments:
         self.sum_outputs += weight @ outputs
 
     def solve(self, old: Tensor, ridge: float, num_neurons: int) -> tuple[Tensor, Tensor]:
-        """Weights `[inputs, outputs]` and intercept `[outputs]`; `old` is what the weights are pulled to."""
+        """Weights `[inputs, outputs]` and intercept `[outputs]`; `old` is what the weights are pulled to.
+
+        The sums are used up: with many neurons the Gram matrix is the largest tensor there is.
+        """
         mean_inputs, mean_outputs = self.sum_inputs / self.total, self.sum_outputs / self.total
-        gram = self.gram.triu()
-        gram += gram.triu(1).t()
-        gram.addr_(mean_inputs, mean_inputs, alpha=-self.total)
-        cross = self.cross - self.total * torch.outer(mean_inputs, mean_outputs)
         pull = ridge * self.gram.diagonal()[:num_neurons].mean().clamp(min=1e-12)
+        gram = self.gram.addr_(mean_inputs, mean_inputs, alpha=-self.total)
         gram.diagonal().add_(pull)
-        weights = torch.linalg.solve(gram, cross + pull * old)
+        factor, failed = torch.linalg.cholesky_ex(gram, upper=True)  # which reads no more than add() summed
+        while failed and pull.isfinite():  # the pull is below the rounding of the sums
+            gram.diagonal().add_(9 * pull)
+            pull = 10 * pull
+            factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
+        cross = self.cross - self.total * torch.outer(mean_inputs, mean_outputs)
+        weights = torch.cholesky_solve(cross + pull * old, factor, upper=True)
         return weights, mean_outputs - mean_inputs @ weights
 
 

@@ -79,3 +79,15 @@ def test_blocks_change_nothing(dense: DenseFFN, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "_BLOCK", 5)
     parts = refit(experts, mean, x, dense(x), ONES, ids, ridge=1e-3)
     torch.testing.assert_close(parts.down, whole.down, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pull_below_rounding(dense: DenseFFN) -> None:
+    """Protects: twice the same neurons, which only the pull tells apart, and sums in single precision."""
+    experts, mean, x, ids = setup(dense, 1)
+    twice = replace(experts, projections=tuple(p[[0, 0, 2]] for p in experts.projections))
+    biases = tuple(None if b is None else b[[0, 0, 2]] for b in experts.projection_biases)
+    twice, ids = replace(twice, projection_biases=biases), torch.tensor([[0, 1]]).expand(400, 2)
+    for ridge in (1e-30, 1e-6):
+        fitted = refit(twice, mean, 100 * x, dense(x), ONES, ids, ridge)
+        assert fitted.down.isfinite().all()
+        assert (fitted(100 * x, ids) - dense(x)).norm() < dense(x).norm()
