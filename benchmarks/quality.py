@@ -36,7 +36,7 @@ from sparsify.models.text import Split
 _BUDGETS = (0.125, 0.25, 0.5, 0.75)
 _EXPERT_SIZE = 48  # neurons
 _DEFAULTS = {"effort": 1, "experts": None}  # of cells that were made before there was a choice
-_ROUNDS, _TIMED_SECONDS = 30, 4.0
+_FEWEST, _ROUNDS, _TIMED_SECONDS = 4, 30, 4.0
 _TRIAL_STEPS = 20
 _TRAINED_ROWS = 16  # of a batch
 _TRAINED_TEXT = 10  # times the calibration text
@@ -152,7 +152,7 @@ def _times(subject: Subject, sparse: SparseModel) -> tuple[float, float]:
     found: list[tuple[float, float]] = []
     start = time.perf_counter()
     with torch.no_grad():
-        while len(found) < _ROUNDS and time.perf_counter() - start < _TIMED_SECONDS:
+        while len(found) < _FEWEST or (len(found) < _ROUNDS and time.perf_counter() - start < _TIMED_SECONDS):
             found.append((_milliseconds(subject.model, subject.timed), _milliseconds(sparse, subject.timed)))
     dense, ours = zip(*found[1:], strict=True)
     return statistics.median(dense), statistics.median(ours)
