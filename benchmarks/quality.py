@@ -14,6 +14,7 @@ against measured latency are made from the file.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import statistics
@@ -32,6 +33,7 @@ from quality_tables import plot, tables
 from sparsify import SparseModel, SparsifyConfig, distill, sparsify
 from sparsify.bench import describe_machine, read_machine
 from sparsify.models.text import Split
+from sparsify.passes.heap import trim_heap
 
 _BUDGETS = (0.125, 0.25, 0.5, 0.75)
 _EXPERT_SIZE = 48  # neurons
@@ -165,6 +167,8 @@ def _milliseconds(model: torch.nn.Module, batch: dict[str, Any]) -> float:
 
 
 def _reset_peak() -> None:
+    gc.collect()
+    trim_heap()  # else what an earlier cell left counts as there before
     Path("/proc/self/clear_refs").write_text("5")
 
 
