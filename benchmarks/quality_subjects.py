@@ -65,6 +65,7 @@ def load_subject(name: str, split: Split, eval_text: Path | None) -> Subject:
     """
     if name not in _SUBJECTS:
         raise ValueError(f"model must be one of {', '.join(_SUBJECTS)}, got {name!r}")
+    torch.manual_seed(0)  # of the biases of models that are trained here
     return _SUBJECTS[name](split, eval_text)
 
 
