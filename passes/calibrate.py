@@ -96,9 +96,10 @@ class CalibrationStream:
             tokens = [_read_tokens(environment[node], axis, mask, index, name) for node, axis in wanted]
             yield [*tokens, *(_read_ids(environment[node], mask) for node in id_nodes)]
 
-    def pass_by(self, name: str) -> None:
-        """Execute all up to a node, and hold no value that only it and nodes before it read."""
-        self._advance([next(node for node in self._graph_module.graph.nodes if node.name == name)])
+    def pass_by(self, names: Sequence[str]) -> None:
+        """Execute these nodes, whose inputs are held, and no others; hold no value that only they still had to read."""
+        by_name = {node.name: node for node in self._graph_module.graph.nodes}
+        self._execute([by_name[name] for name in names], ())
 
     def value(self, name: str, index: int) -> Tensor:
         """Of a node that `tokens_at` was just asked for, in one batch."""
@@ -143,8 +144,11 @@ class CalibrationStream:
         """Execute, in graph order, all up to the last of `wanted`; forget what neither it nor a later node needs."""
         order = list(self._graph_module.graph.nodes)
         last = max(order.index(node) for node in wanted)
-        todo = [node for node in order[: last + 1] if node not in self._executed]
+        self._execute([node for node in order[: last + 1] if node not in self._executed], wanted)
+
+    def _execute(self, todo: Sequence[Node], wanted: Sequence[Node]) -> None:
         self._executed.update(todo)
+        order = self._graph_module.graph.nodes
         needed = {node for node in order if node in wanted or not self._executed.issuperset(node.users)}
         needed |= {node for node in order if node.op == "placeholder"}  # experts may read sizes off inputs
         needed |= {before_flattening(node, -1) for node in wanted}  # which routers of groups read

@@ -32,7 +32,7 @@ from sparsify.passes.insert_moe import InsertMoEPass
 from sparsify.passes.make_experts import make_experts
 from sparsify.passes.match_ffn import FFNMatch
 from sparsify.passes.plan import ConversionPlan
-from sparsify.passes.residual import residual_sum, residual_terms
+from sparsify.passes.residual import residual_terms, sums_behind
 from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
 from sparsify.passes.split.fold_vectors import fold_vectors
 from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out, join
@@ -282,7 +282,7 @@ def _samples(
             target = target + (dense_residual - residual)  # not in place: without a mask it is a view of the stream
         found.append((x, target, ids))
         variances.append(_variance(target, residuals))
-    reference.pass_by(residual_sum(down).name)
+    reference.pass_by([node.name for node in sums_behind(down)])
     weights = _weights(torch.cat(variances)).split([len(variance) for variance in variances])
     return [
         Sample(x, target, weight, ids[0] if ids else None)

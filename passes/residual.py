@@ -31,9 +31,17 @@ def residual_terms(down: Node) -> tuple[Node, ...]:
     return tuple(term for term in terms if term < down)
 
 
-def residual_sum(down: Node) -> Node:
-    """The hidden state behind `down`, once all was added; `down` itself where nothing is."""
-    return _chain(down)[-1]
+def sums_behind(down: Node) -> list[Node]:
+    """What follows `down` one after the other and needs nothing else that is computed after it.
+
+    The last of them is the hidden state, unless another branch has to be added first.
+    """
+    found: list[Node] = []
+    for node, reader in itertools.pairwise(_chain(down)):
+        if not all(arg is node or arg < down for arg in reader.all_input_nodes):
+            break
+        found.append(reader)
+    return found
 
 
 def _chain(down: Node) -> list[Node]:

@@ -22,7 +22,7 @@ from sparsify.passes.convert import convert
 from sparsify.passes.match_ffn import match_ffn
 from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.plan import make_plan
-from sparsify.passes.residual import residual_sum, residual_terms
+from sparsify.passes.residual import residual_terms, sums_behind
 from sparsify.passes.split.dense_ffn import read_ffn
 
 CONFIG = SparsifyConfig(num_experts=4, top_k=2, router_hidden_size=8)
@@ -56,7 +56,7 @@ def test_the_target_leads_back_to_the_dense_model(model: nn.Module) -> None:
     (residual,) = residual_terms(down)
     (sample,) = module._samples(reference, stream, graph_module, second, ())
     held = [node.name for node in reference._environments[0] if node.op == "call_function"]
-    assert held == [residual_sum(down).name]  # the hidden state, not what it is a sum of
+    assert held == [sums_behind(down)[-1].name]  # the hidden state, not what it is a sum of
     streams = CalibrationStream(dense_module, [as_call(IDS)]), CalibrationStream(graph_module, [as_call(IDS)])
     with torch.no_grad():
         (dense_x, dense_r), (x, r) = (s.tokens_at([(second.sites[0].x, -1), (residual.name, -1)], "") for s in streams)
@@ -64,6 +64,29 @@ def test_the_target_leads_back_to_the_dense_model(model: nn.Module) -> None:
     assert float((x - dense_x).norm() / dense_x.norm()) > 1e-3  # the first layer did change something
     torch.testing.assert_close(sample.x, x)
     torch.testing.assert_close(r + sample.target, wanted, rtol=1e-5, atol=1e-5)
+
+
+class _Parallel(nn.Module):
+    """Two FFNs that read the same hidden state and are added to it in either order, both after they were computed."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 16)
+        self.ffns = nn.ModuleList(nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        parts = [ffn(h) for ffn in self.ffns]
+        return self.head(x + parts[self.first] + parts[1 - self.first])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ffns_side_by_side(first: int) -> None:
+    """Protects: the dense stream does not run past an FFN that is still to be converted."""
+    x = torch.randn(40, 5, 16)
+    graph_module = NormalizeLinearPass()(capture(_Parallel(first).eval(), (x[:2],))).graph_module
+    assert run(graph_module, replace(CONFIG, select="all"), [x]) == [(0, 2), (1, 2), (2, 2)]
 
 
 def test_progress_and_order() -> None:

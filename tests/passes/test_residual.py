@@ -1,4 +1,4 @@
-"""`residual_terms` and `residual_sum`: what the model adds to the output of an FFN, and the hidden state then."""
+"""`residual_terms` and `sums_behind`: what the model adds to the output of an FFN, and the hidden state then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsify.models.gpt import GPT, GPTConfig
 from sparsify.passes.capture import capture
 from sparsify.passes.match_ffn import match_ffn
 from sparsify.passes.normalize_linear import NormalizeLinearPass
-from sparsify.passes.residual import residual_sum, residual_terms
+from sparsify.passes.residual import residual_terms, sums_behind
 
 
 def terms(model: nn.Module, x: Tensor) -> list[tuple[str, ...]]:
@@ -53,10 +53,15 @@ def test_chains_and_ends() -> None:
     assert terms(Ending(lambda x, y: y), x) == [("x",)]
 
 
-def test_the_hidden_state_is_the_last_sum() -> None:
-    """Protects: what the dense stream goes on from; a scale is behind it."""
+def test_sums_behind() -> None:
+    """Protects: what the dense stream may run ahead; not what waits for another branch (sin), nor a scale."""
     x = torch.randn(2, 3, 4)
-    graph_module = NormalizeLinearPass()(capture(Ending(lambda x, y: 2 * (x + (x.sin() + y))), (x,))).graph_module
-    ((match,), _) = match_ffn(graph_module)
-    down = next(node for node in graph_module.graph.nodes if node.name == match.sites[0].down)
-    assert residual_sum(down).name == "add_1"
+    for end, names in (
+        (lambda x, y: 2 * (x + (x + y)), ["add", "add_1"]),
+        (lambda x, y: x.sin() + (x + y), ["add"]),
+        (lambda x, y: y, []),
+    ):
+        graph_module = NormalizeLinearPass()(capture(Ending(end), (x,))).graph_module
+        ((match,), _) = match_ffn(graph_module)
+        down = next(node for node in graph_module.graph.nodes if node.name == match.sites[0].down)
+        assert [node.name for node in sums_behind(down)] == names
