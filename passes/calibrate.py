@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import CalibrationError
-from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.graph_values import floating_leaves, tensor_leaves
 from sparsify.passes.heap import trim_heap
 from sparsify.passes.token_layout import before_flattening
 
@@ -127,8 +127,7 @@ class CalibrationStream:
                 environment[node] = by(result)
             for arg in [arg for arg in node.all_input_nodes if last_use[arg] is node]:
                 environment.pop(arg, None)
-        found = [tensor for tensor in tensor_leaves(result) if tensor.is_floating_point() and tensor.dim() > 0]
-        return [select_tokens(tensor, self._masks[index]) for tensor in found]
+        return [select_tokens(tensor, self._masks[index]) for tensor in floating_leaves(result)]
 
     def has_passed(self, name: str) -> bool:
         """The node was executed for every batch, so what it reads is not needed any more."""

@@ -18,6 +18,11 @@ def tensor_leaves(tree: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def floating_leaves(tree: object) -> list[Tensor]:
+    """Of these tensors the floating ones that have a dimension: what outputs are compared by."""
+    return [tensor for tensor in tensor_leaves(tree) if tensor.is_floating_point() and tensor.dim() > 0]
+
+
 def output_leaves(graph_module: GraphModule, output: Any) -> list[tuple[Any, Any]]:
     """What a captured model returns, value by value, each with its path in the model's own output.
 

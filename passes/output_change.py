@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional
@@ -46,7 +47,7 @@ def output_change(outputs: Sequence[Tensor], moved: Sequence[Tensor], are_logits
     pairs = list(zip(outputs, moved, strict=True))
     logits = [pair for pair, holds in zip(pairs, are_logits, strict=True) if holds and pair[0].numel()]
     if logits:
-        return sum(_divergence(*pair) for pair in logits)
+        return sum(float(divergence(*pair)) for pair in logits)
     return relative_difference(pairs) ** 2 if any(a.any() for a, _ in pairs) else None
 
 
@@ -59,12 +60,12 @@ def relative_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
-def _divergence(logits: Tensor, moved: Tensor) -> float:
-    """Mean over the rows."""
+def divergence(logits: Tensor, moved: Tensor) -> Tensor:
+    """KL(p || q) of the distributions of `logits` and `moved`, `[..., V]` each: mean over the rows, fp64, `[]`."""
     size = logits.shape[-1]
     rows = [tensor.reshape(-1, size).split(max(1, _AT_ONCE // size)) for tensor in (logits, moved)]
-    total = 0.0
+    total = logits.new_zeros((), dtype=torch.float64)
     for a, b in zip(*rows, strict=True):
         p, q = a.float().log_softmax(1), b.float().log_softmax(1)
-        total += float(functional.kl_div(q, p, log_target=True, reduction="sum"))
+        total = total + functional.kl_div(q, p, log_target=True, reduction="sum")
     return total * size / logits.numel()

@@ -2,7 +2,7 @@
 
 Both models run on the same batches. At every converted FFN the hidden state behind it is compared with that of the
 dense model, token by token and relative to the size of the hidden state. Outputs that the model calls logits are
-compared by the divergence of their probabilities (`passes/output_change.py`), others as a whole. All weights but those
+compared by the divergence of their probabilities (Hinton, 1503.02531), others as a whole. All weights but those
 of routers follow the gradient of the sum; each router learns which experts its own layer was better off with
 (`passes/split/choice_loss.py`), as chosen ids pass no gradient.
 """
@@ -25,9 +25,9 @@ from sparsify.distill_checkpoint import load_checkpoint, save_checkpoint
 from sparsify.errors import CalibrationError
 from sparsify.passes.calibrate import Call, flat_inputs, read_batches, select_tokens
 from sparsify.passes.capture import capture
-from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.graph_values import floating_leaves
 from sparsify.passes.normalize_linear import NormalizeLinearPass
-from sparsify.passes.output_change import find_logits
+from sparsify.passes.output_change import divergence, find_logits
 from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
 from sparsify.passes.split.learning_rate import share_of_rate
 from sparsify.passes.training_graph import RoutedFFN, TracingInterpreter, expert_outputs, routed_ffns
@@ -245,21 +245,21 @@ def _step(
     teacher = TracingInterpreter(reference, hidden)
     flat = flat_inputs(reference, call, index)
     with torch.no_grad():
-        wanted = _floating(teacher.run(*flat, enable_io_processing=False))
+        wanted = floating_leaves(teacher.run(*flat, enable_io_processing=False))
     calls = [ffn.router_call for ffn in ffns]
     inputs = [node.all_input_nodes[0].name for node in calls]
     student = TracingInterpreter(
         sparse, [*hidden, *inputs, *(node.name for node in calls)], detach=hidden if through == "block" else ()
     )
     with torch.enable_grad():
-        outputs = _floating(student.run(*flat, enable_io_processing=False))
+        outputs = floating_leaves(student.run(*flat, enable_io_processing=False))
         loss, lesson = torch.zeros(()), torch.zeros(())
         for ffn in ffns:
             own, of_router = _layer_losses(sparse, ffn, student.kept, teacher.kept[ffn.hidden.name], call)
             loss, lesson = loss + own / len(ffns), lesson + of_router / len(ffns)
         for ours, theirs, holds_logits in zip(outputs, wanted, find_logits(reference), strict=True):
-            compare = _divergence if holds_logits else _relative
-            loss = loss + compare(*(select_tokens(tensor, call.mask).float() for tensor in (ours, theirs)))
+            a, b = (select_tokens(tensor, call.mask).float() for tensor in (ours, theirs))
+            loss = loss + (divergence(b, a) if holds_logits else _relative(a, b))
         optimizer.zero_grad()
         (loss + lesson).backward()
     value = float(loss.detach())
@@ -294,16 +294,6 @@ def _layer_losses(
     return loss, (weight * choice_loss(logits, gains, router.top_k)).mean()
 
 
-def _floating(outputs: object) -> list[Tensor]:
-    return [tensor for tensor in tensor_leaves(outputs) if tensor.is_floating_point() and tensor.dim() > 0]
-
-
 def _relative(ours: Tensor, wanted: Tensor) -> Tensor:
     """Squared error relative to the size, over all positions that count."""
     return functional.mse_loss(ours, wanted) / wanted.square().mean().clamp(min=1e-12)
-
-
-def _divergence(ours: Tensor, wanted: Tensor) -> Tensor:
-    """KL(wanted || ours) of the softmax distributions of logits `[T, V]`, in nats a token (Hinton, 1503.02531)."""
-    pair = (ours.log_softmax(1), wanted.log_softmax(1))
-    return functional.kl_div(*pair, reduction="batchmean", log_target=True)

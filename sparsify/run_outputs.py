@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from sparsify.passes.calibrate import without_padding
 from sparsify.passes.capture import evaluation_mode, same_random_numbers
-from sparsify.passes.graph_values import tensor_leaves
+from sparsify.passes.graph_values import floating_leaves
 
 
 @torch.no_grad()
 def run_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The floating outputs of a model in evaluation mode that have a dimension, padding left out."""
     with evaluation_mode(model), same_random_numbers():  # routers may add noise, and drop, in training
-        tensors = tensor_leaves(model(*args, **kwargs))
-    return [without_padding(tensor, kwargs) for tensor in tensors if tensor.is_floating_point() and tensor.dim() > 0]
+        tensors = floating_leaves(model(*args, **kwargs))
+    return [without_padding(tensor, kwargs) for tensor in tensors]
