@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 import typer
-from quality_methods import METHODS, Method, ffn_size, importance_by_layer, router_width
+from quality_methods import METHODS, Method, Size, ffn_size, importance_by_layer, router_width
 from quality_subjects import Subject, load_subject
 from quality_tables import plot, tables
 
@@ -62,6 +62,7 @@ def main(
     if unknown or split not in ("held_out", "development"):
         raise typer.BadParameter(f"{unknown or split} is not known; methods are {', '.join(METHODS)}")
     subject = load_subject(model, cast("Split", split), eval_text)
+    size = ffn_size(subject)
     file = out / f"{model}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     table: dict[str, Any] = {"machine": describe_machine(read_machine(with_onnxruntime=False)), "data": subject.data}
@@ -72,7 +73,7 @@ def main(
         key = own | same
         if any(all(cell.get(name, _DEFAULTS.get(name)) == key[name] for name in key) for cell in table["cells"]):
             continue
-        cell = key | _cell(subject, METHODS[key["method"]], key)
+        cell = key | _cell(subject, size, METHODS[key["method"]], key)
         print(json.dumps(cell), flush=True)
         table["cells"].append(cell)
         file.write_text(json.dumps(table, indent=1))
@@ -87,11 +88,11 @@ def _cells(budgets: Iterable[float], methods: Iterable[str], seeds: int) -> Iter
         yield {"budget": budget, "method": method, "seed": seed}
 
 
-def _cell(subject: Subject, method: Method, key: dict[str, Any]) -> dict[str, Any]:
+def _cell(subject: Subject, size: Size, method: Method, key: dict[str, Any]) -> dict[str, Any]:
     batches = subject.calibration(key["seed"], key["effort"])
     _reset_peak()
     before, start = _peak(), time.perf_counter()
-    sparse = _convert(subject, method, key, batches)
+    sparse = _convert(subject, size, method, key, batches)
     seconds, peak = time.perf_counter() - start, _peak() - before
     if key["minutes"]:
         _train(sparse, subject, 60 * key["minutes"], key["seed"])
@@ -124,8 +125,7 @@ def _rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*parts, strict=True)]
 
 
-def _convert(subject: Subject, method: Method, key: dict[str, Any], batches: list[Any]) -> SparseModel:
-    size = ffn_size(subject)
+def _convert(subject: Subject, size: Size, method: Method, key: dict[str, Any], batches: list[Any]) -> SparseModel:
     experts = key["experts"] or max(16, size.neurons // _EXPERT_SIZE)
     more = {name: key["effort"] * getattr(SparsifyConfig, name) for name in ("distill_steps", "max_calibration_tokens")}
     options: dict[str, Any] = {**more, **method.options, "num_experts": experts, "select": "all", "seed": key["seed"]}

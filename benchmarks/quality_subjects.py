@@ -23,6 +23,7 @@ from sparsify.models.text import Split, corpus, sentences_from_file
 from sparsify.models.text_encoder import embedding_spearman, retrieval_agreement, sentence_batches
 from sparsify.models.vit import ViT, ViTConfig
 
+_SENTENCES = 1800  # of MiniLM to calibrate on
 _CONTINUED = 16  # tokens of each greedy continuation
 _PROMPT = 32
 
@@ -76,7 +77,7 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
     judged = list(sentence_batches(tokenizer, sentences))
 
     def calibration(seed: int, times: int) -> list[Batch]:
-        return list(sentence_batches(tokenizer, texts.sentences(1200 * times, seed=seed)))
+        return list(sentence_batches(tokenizer, texts.sentences(_SENTENCES * times, seed=seed)))
 
     return Subject(
         name="minilm",
@@ -89,7 +90,7 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
         },
         higher_is_better=True,
         timed={key: value.repeat(4, 4) for key, value in dense.kwargs.items()},  # [8, 64]
-        data=f"calibrated on 1,200 sentences, judged on {len(sentences)} of {_judged(split, eval_text)}",
+        data=f"calibrated on {_SENTENCES:,} sentences, judged on {len(sentences)} of {_judged(split, eval_text)}",
     )
 
 

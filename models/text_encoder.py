@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify.models.dense_model import Batch, DenseModel, Metric, call, output_tensor
 from sparsify.models.text import corpus, sentences_from_file
 
-_CALIBRATION_SENTENCES = 1200
+_CALIBRATION_SENTENCES = 1800
 _HELD_OUT_SENTENCES = 400
 _BATCH = 64
 _MAX_TOKENS = 128

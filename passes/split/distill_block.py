@@ -23,9 +23,10 @@ from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.learning_rate import share_of_rate
 from sparsify.routers import UnitRouter
 
-_BATCH = 256
-_BETAS = (0.9, 0.99)  # of Adam: few steps
-_MOST_PASSES = 8  # over the tokens: more would learn them by heart
+_SMALLEST_BATCH, _LARGEST_BATCH = 256, 512
+_BETAS = (0.8, 0.95)  # of Adam: few steps
+_PASSES = 5  # over the tokens: as far as that larger batches help
+_MOST_PASSES = 8  # more would learn them by heart
 _EXPERT_LEARNING_RATE = 2e-3
 _ROUTER_LEARNING_RATE = 3e-3
 _SMALLEST_BF16 = 1 << 17  # weights of down_proj
@@ -42,13 +43,14 @@ def distill_block(
         x: `[T, D]`, T > 0.
         target: `[T, D_out]`, the output that is wanted for each token.
         weight: `[T]`, of each token in the error.
-        steps: of at most 256 tokens; fewer are made where they would pass over the tokens more than 8 times.
+        steps: of 256 tokens, or up to 512 where they pass over the tokens no more than five times; fewer are made
+            where they would pass over them more than eight times.
         seed: of the order of the tokens.
 
     Returns:
         The trained experts and router. Same inputs, same result.
     """
-    batch = min(_BATCH, len(x))
+    batch = min(max(_SMALLEST_BATCH, min(_LARGEST_BATCH, _PASSES * len(x) // max(steps, 1))), len(x))
     steps = min(steps, max(1, _MOST_PASSES * len(x) // batch))
     generator = torch.Generator().manual_seed(seed)
     scale = 1 / (weight * target.square().sum(1)).mean().clamp(min=torch.finfo(x.dtype).tiny)
@@ -139,7 +141,7 @@ class _Block(nn.Module):
         by_unit = chosen.to(hidden.dtype)[:, self.owners].repeat_interleave(self.size, dim=1)
         runs = functional.pad(by_unit, (self.num_shared, 0), value=1.0)  # [T, F]
         error = target - torch.addmm(self.bias, hidden * runs, self.down) - chosen @ self.expert_bias
-        taught = -(-len(x) // 2)  # tokens: gains cost as much as half a forward pass, and routers are small
+        taught = -(-len(x) // 4)  # tokens: gains cost as much as half a forward pass, and routers are small
         routed = hidden.detach()[:taught, self.num_shared :]
         gains = self._gains(routed, error.detach()[:taught], chosen[:taught])
         lesson = choice_loss(logits[:taught], gains, router.top_k) * (len(x) / taught)
