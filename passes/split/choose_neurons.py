@@ -73,3 +73,4 @@ def choose_by_width(
     clusters = balanced_kmeans(profiles[rest], len(routed), seed, routed)
     own = torch.cat([row[:width] for row, width in zip(clusters, routed, strict=True)])
     return by_importance[:num_neurons], rest[own].view(-1, units_of_widths(routed)[0])
+

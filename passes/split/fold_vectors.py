@@ -150,8 +150,8 @@ class _Folding:
             elif other is not None and node.target in _SHIFTS and may_shift:
                 shift = self._apply(node, self._number(0.0), other)
                 shift = shift if end.scale is None else self._multiply(shift, end.scale)
-                end.shift = (
-                    shift if end.shift is None else self._constants.call_function(aten.add.Tensor, (end.shift, shift))
+                end.shift = shift if end.shift is None else self._constants.call_function(
+                    aten.add.Tensor, (end.shift, shift)
                 )
                 stack.append((self._bypass(node, inner[0]), may_shift))
         return end

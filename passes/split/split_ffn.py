@@ -189,7 +189,9 @@ def _refit_pruned(
     return replace(result, experts=experts, error=error, error_before_refit=result.error)
 
 
-def _choose(profiles: Tensor, scores: Tensor, config: SparsifyConfig) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+def _choose(
+    profiles: Tensor, scores: Tensor, config: SparsifyConfig
+) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
     """Neurons of the shared experts `[s]` and of the units `[U, m]` of routed ones; units of each, if these differ."""
     if config.expert_widths is None:
         neurons = choose_neurons(profiles, scores, config.num_experts, config.shared, config.seed)
