@@ -18,7 +18,10 @@ from sparsify.passes.activation import is_view
 from sparsify.passes.find_layers import COMBINE, MOE_FFN
 from sparsify.passes.graph_values import op_name
 from sparsify.passes.neuron_wise import is_inert
+from sparsify.passes.split.bf16_products import has_bf16_products
 from sparsify.routers import Router
+
+_PRODUCTS = (torch.ops.aten.linear.default, MOE_FFN)
 
 
 @dataclass(frozen=True)
@@ -110,24 +113,35 @@ class TracingInterpreter(Interpreter):
         kept: by name of the node, after a run.
     """
 
-    def __init__(self, graph_module: GraphModule, keep: Sequence[str], *, detach: Sequence[str] = ()) -> None:
+    def __init__(
+        self, graph_module: GraphModule, keep: Sequence[str], *, detach: Sequence[str] = (), rounds: bool = False
+    ) -> None:
         """Prepare to run.
 
         Args:
             graph_module: the model.
             keep: names of nodes.
             detach: nodes whose readers send no gradient back.
+            rounds: run products of fp32 in bf16 on a CPU that is faster at it. What lies between them stays in fp32, as
+                the backward of attention is slow in bf16 there.
         """
         super().__init__(graph_module)
         self.kept: dict[str, Any] = {}
-        self._keep, self._detach = frozenset(keep), frozenset(detach)
+        self._keep, self._detach, self._rounds = frozenset(keep), frozenset(detach), rounds
 
     def run_node(self, n: Node) -> Any:
         """Run one node."""
-        value = super().run_node(n)
+        value = self._run(n)
         if n.name in self._keep:
             self.kept[n.name] = value
         return value.detach() if n.name in self._detach and isinstance(value, Tensor) else value
+
+    def _run(self, n: Node) -> Any:
+        x = self.env[n.all_input_nodes[0]] if self._rounds and n.target in _PRODUCTS else None
+        if x is None or not has_bf16_products(x.device, x.dtype):
+            return super().run_node(n)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().run_node(n).to(x.dtype)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from sparsify.passes.training_graph import RoutedFFN, TracingInterpreter, expert
 from sparsify.routers import UnitRouter
 from sparsify.sparse_model import SparseModel
 
-_ROUTED_TOKENS = 256  # of a layer and step that teach its router: all its experts run for them
+_ROUTED_TOKENS = 128  # of a layer and step that teach its router: all its experts run for them
 _EVERY = 50  # steps between checkpoints
 _MOST_BATCH_TOKENS = 2**62
 
@@ -92,8 +92,8 @@ def distill(
             shares, which takes memory, a third of the learning rate, and can no longer be grafted into `dense`.
         through: "model" lets an error reach the experts of all layers before it; "block" only those of its own layer,
             which needs less memory and time.
-        learning_rate: of the experts, with Adam, rising over a tenth of the steps and falling along a cosine; routers
-            take three times as much.
+        learning_rate: of the experts, with Adam, rising over a twentieth of the steps, then falling by a square root;
+            routers take three times as much.
         seed: of the order of the batches.
         checkpoint: a safetensors file, written every 50 steps and at the end; where it is there, training goes on from
             it, to the same result. It must be of the same call.
@@ -117,7 +117,9 @@ def distill(
     _require_same(ffns, reference)
     groups = _parameters(sparse, train)
     rates = (learning_rate, 3 * learning_rate, learning_rate / 3)
-    optimizer = torch.optim.Adam([{"params": p, "rate": r} for p, r in zip(groups, rates, strict=True) if p])
+    optimizer = torch.optim.Adam(
+        [{"params": p, "rate": r} for p, r in zip(groups, rates, strict=True) if p], fused=True
+    )
     file = None if checkpoint is None else Path(checkpoint)
     names = {id(parameter): name for name, parameter in sparse.named_parameters()}
     settings = f"{steps} steps, train={train}, through={through}, learning_rate={learning_rate}, seed={seed}"
@@ -242,14 +244,17 @@ def _step(
 ) -> float:
     index, call = numbered
     hidden = [ffn.hidden.name for ffn in ffns]
-    teacher = TracingInterpreter(reference, hidden)
+    teacher = TracingInterpreter(reference, hidden, rounds=True)
     flat = flat_inputs(reference, call, index)
     with torch.no_grad():
         wanted = floating_leaves(teacher.run(*flat, enable_io_processing=False))
     calls = [ffn.router_call for ffn in ffns]
     inputs = [node.all_input_nodes[0].name for node in calls]
     student = TracingInterpreter(
-        sparse, [*hidden, *inputs, *(node.name for node in calls)], detach=hidden if through == "block" else ()
+        sparse,
+        [*hidden, *inputs, *(node.name for node in calls)],
+        detach=hidden if through == "block" else (),
+        rounds=True,
     )
     with torch.enable_grad():
         outputs = floating_leaves(student.run(*flat, enable_io_processing=False))

@@ -65,7 +65,7 @@ assert [str(w.message).partition(":")[0] for w in caught] == [
 ], caught
 expected = op.moe_ffn_reference(*arguments)
 assert all(torch.equal(y, expected) for y in outputs)
-assert torch.equal(gradients[0], op.moe_ffn_backward(x, *arguments, [True] * 9)[0])
+assert torch.equal(gradients[0], op.moe_ffn_backward_reference(x, *arguments, [True] * 9)[0])
 """
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsify.passes.split.bf16_products import has_bf16_products
 from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
 from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
@@ -74,14 +75,11 @@ def distill_block(
 
 
 def _bf16_is_faster(x: Tensor, down: Tensor) -> bool:
-    """Products of bf16, summed in fp32, where the processor has an instruction for them and they outweigh the casts.
+    """Products of bf16 where they outweigh the casts.
 
     The weights that are trained stay in fp32, and the errors of layers are the same to three digits.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or down.numel() < _SMALLEST_BF16:
-        return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    return down.numel() >= _SMALLEST_BF16 and has_bf16_products(x.device, x.dtype)
 
 
 class _Block(nn.Module):

@@ -179,6 +179,29 @@ def moe_ffn_backward(
     )  # fmt: skip
 
 
+@moe_ffn_backward.register_kernel("cpu")
+def _moe_ffn_backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor | None,
+    gate_proj: Tensor | None,
+    gate_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    from sparsify.cpu.backward import moe_ffn_backward_cpu  # not before it is needed
+
+    return moe_ffn_backward_cpu(
+        grad, x, routing_weights, expert_ids, up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias,
+        activation, needs,
+    )  # fmt: skip
+
+
 @moe_ffn_backward.register_kernel("cuda")
 def _moe_ffn_backward_cuda(
     grad: Tensor,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 
 from sparsify import SparseModel, sparsify
 from sparsify.models.bert import Bert, BertConfig
 from sparsify.passes.capture import capture
 from sparsify.passes.normalize_linear import NormalizeLinearPass
+from sparsify.passes.split.bf16_products import has_bf16_products
 from sparsify.passes.split.choice_loss import choose
 from sparsify.passes.training_graph import TracingInterpreter, expert_outputs, routed_ffns
 from sparsify.routers import UnitRouter
@@ -60,3 +64,18 @@ def test_detached_nodes_send_no_gradient_back() -> None:
         hidden = interpreter.kept[second.hidden.name]
         (gradient,) = torch.autograd.grad(hidden.sum(), parameter, allow_unused=True)
         assert (gradient is None) == bool(detach)
+
+
+@pytest.mark.skipif(not has_bf16_products(torch.device("cpu"), torch.float32), reason="no products of bf16 here")
+@torch.no_grad()
+def test_products_are_rounded_where_that_is_faster() -> None:
+    """Protects: the precision of a training: products in bf16, all else in fp32, and fp64 stays fp64."""
+    sparse, names = converted()
+    kept = [ffn.mixed.name for ffn in routed_ffns(sparse, names)]
+    for model, differs in ((sparse, True), (copy.deepcopy(sparse).double(), False)):
+        exact, rounded = (TracingInterpreter(model, kept, rounds=rounds) for rounds in (False, True))
+        outputs = [interpreter.run(IDS, enable_io_processing=False)[0] for interpreter in (exact, rounded)]
+        assert outputs[0].dtype == outputs[1].dtype
+        assert rounded.kept[kept[0]].dtype == exact.kept[kept[0]].dtype
+        assert torch.equal(outputs[0], outputs[1]) != differs
+        assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 0.05

@@ -1,0 +1,98 @@
+"""Both ways to the gradients on a CPU agree with fp64, and the faster one is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify.cpu import backward
+from sparsify.cpu.backward import dense_masked_backward, masking_pays, moe_ffn_backward_cpu
+from sparsify.cpu.experts import Experts
+from sparsify.kernels.reference import ACTIVATIONS, moe_ffn_backward_reference
+
+# tokens, hidden_size, width, out_features, num_experts, top_k: one token, primes, K = 1, K = E, one expert.
+SHAPES = [
+    (1, 16, 8, 16, 4, 2), (13, 7, 5, 3, 3, 3), (53, 33, 17, 29, 5, 1), (40, 64, 24, 48, 1, 1), (0, 8, 4, 8, 2, 1),
+]  # fmt: skip
+BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+Layer = tuple[Tensor, Tensor, Tensor, Experts]
+
+
+def needs_of(experts: Experts) -> list[bool]:
+    return [True, True, False, *(isinstance(part, Tensor) for part in experts[:6])]
+
+
+def require_exact(found: list[Tensor], grad: Tensor, layer: Layer, bound: float) -> None:
+    """Relative to the largest value of each gradient, against the reference in fp64 on the same numbers."""
+    x, weights, ids, experts = layer
+    needs = needs_of(experts)
+    exact = moe_ffn_backward_reference(grad.double(), x.double(), weights.double(), ids, *experts.double(), needs)
+    for place in (place for place, needed in enumerate(needs) if needed):
+        ours, theirs = found[place], exact[place]
+        assert ours.dtype == (x, weights, ids, *experts)[place].dtype
+        assert ours.shape == theirs.shape
+        size = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound * size)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("gated", "biased"), [(False, True), (True, True), (True, False)])
+def test_masked_gradients(
+    shape: tuple[int, ...], gated: bool, biased: bool, dtype: torch.dtype, make_layer: Callable[..., Layer]
+) -> None:
+    """Protects: every formula, with experts that no token chose, and tokens that are not contiguous."""
+    x, weights, ids, experts = make_layer(*shape, gated=gated, biased=biased, dtype=dtype)
+    layer = (x.t().contiguous().t(), weights.to(torch.promote_types(dtype, torch.float32)), ids, experts)
+    grad = torch.randn(len(x), shape[3]).to(dtype)
+    require_exact(dense_masked_backward(grad, *layer, needs_of(experts)), grad, layer, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_unused_slots(activation: str, make_layer: Callable[..., Layer]) -> None:
+    """Protects: a slot of -1 gets and gives no gradient, next to the chosen expert 0 too; a token without any is 0."""
+    x, weights, ids, experts = make_layer(11, 12, 6, 10, 5, 2, activation=activation, gated=activation == "silu")
+    ids[0], ids[4] = torch.tensor([0, -1]), -1
+    layer, grad = (x, weights, ids.masked_fill(ids == 3, -1), experts), torch.randn(11, 10)
+    found = dense_masked_backward(grad, *layer, needs_of(experts))
+    require_exact(found, grad, layer, 2e-6)
+    assert not found[0][4].any()
+    assert not found[1][ids < 0].any()
+
+
+def test_what_was_not_chosen_may_overflow(make_layer: Callable[..., Layer]) -> None:
+    """Protects: an expert without a token leaves no NaN behind, as when experts run one after another."""
+    x, weights, ids, experts = make_layer(9, 12, 6, 10, 5, 2)
+    ids = ids.masked_fill(ids == 3, -1)
+    experts.up_proj[3] = torch.finfo(x.dtype).max
+    assert not (x @ experts.up_proj[3].t()).isfinite().all()
+    found = dense_masked_backward(torch.randn(9, 10), x, weights, ids, experts, needs_of(experts))
+    assert all(bool(gradient.isfinite().all()) for gradient in found)
+
+
+def test_only_what_is_needed(make_layer: Callable[..., Layer]) -> None:
+    """Protects: frozen weights cost nothing, and a bias that is not there is no error."""
+    x, weights, ids, experts = make_layer(9, 12, 6, 10, 5, 2, gated=True)
+    for place in (0, 1, 3, 4, 5, 6, 7, 8):
+        found = dense_masked_backward(torch.randn(9, 10), x, weights, ids, experts, [i == place for i in range(9)])
+        assert [i for i, gradient in enumerate(found) if gradient.numel()] == [place]
+    x, weights, ids, experts = make_layer(9, 12, 6, 10, 5, 2, biased=False)
+    found = dense_masked_backward(torch.randn(9, 10), x, weights, ids, experts, [True] * 9)
+    assert [i for i, gradient in enumerate(found) if gradient.numel()] == [0, 1, 3, 7]
+
+
+def test_many_small_experts_are_masked(make_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: the choice: 48 experts of 32 neurons at once, 4 of 512 one after another, for 256 tokens."""
+    small, large = make_layer(256, 64, 32, 64, 48, 8), make_layer(256, 512, 512, 512, 4, 1)
+    assert [masking_pays(layer[0], layer[2], layer[3]) for layer in (small, large)] == [True, False]
+    taken: list[str] = []
+    monkeypatch.setattr(backward, "dense_masked_backward", lambda *_: taken.append("masked"))
+    monkeypatch.setattr(backward, "moe_ffn_backward_reference", lambda *_: taken.append("one after another"))
+    for x, weights, ids, experts in (small, large):
+        moe_ffn_backward_cpu(x, x, weights, ids, *experts, needs_of(experts))
+    assert taken == ["masked", "one after another"]
