@@ -118,3 +118,23 @@ def test_is_deterministic_and_spares_the_global_generator(dense: DenseFFN) -> No
     runs = [distill_block(experts, router, x, target, torch.ones(2000), steps=5, seed=3)[0] for _ in range(2)]
     assert torch.equal(runs[0].down, runs[1].down)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps", "made"), [(1200, 12, (12, 500)), (1200, 2, (2, 512)), (300, 30, (9, 256)), (40, 3, (3, 40))]
+)
+def test_batches_grow_where_tokens_suffice(
+    dense: DenseFFN, monkeypatch: pytest.MonkeyPatch, tokens: int, steps: int, made: tuple[int, int]
+) -> None:
+    """Protects: 256 to 512 tokens a step, for five passes where there are so many, and never more than eight passes."""
+    experts, router, x, target = setup(dense, 0, tokens)
+    sizes: list[int] = []
+    original = torch.randint
+
+    def record(high: int, size: tuple[int, ...], **options: object) -> Tensor:
+        sizes.append(size[0])
+        return original(high, size, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "randint", record)
+    distill_block(experts, router, x, target, torch.ones(tokens), steps=steps, seed=0)
+    assert (len(sizes), sizes[0]) == made
