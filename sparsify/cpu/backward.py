@@ -14,6 +14,7 @@ from sparsify.kernels.reference import ACTIVATION_BACKWARDS, ACTIVATIONS, moe_ff
 
 _EXPERT_MACS = 4e7  # multiply-adds that take as long as starting the products of one more expert
 _NARROW_EXPERT_MACS = 3e8  # of bf16, whose small products cost no less
+_MOST_VALUES = 1 << 24  # in a temporary tensor
 
 
 def moe_ffn_backward_cpu(
@@ -39,6 +40,8 @@ def moe_ffn_backward_cpu(
 def masking_pays(x: Tensor, expert_ids: Tensor, experts: Experts) -> bool:
     """Whether products over all neurons cost less than small ones for each expert."""
     num_experts, width, hidden_size = experts.up_proj.shape
+    if len(x) * num_experts * width > _MOST_VALUES:
+        return False
     inputs = hidden_size * (1 if experts.gate_proj is None else 2)
     macs = 3 * width * (inputs + experts.down_proj.shape[1])  # of a token in one expert
     skipped = len(x) * num_experts - expert_ids.numel()

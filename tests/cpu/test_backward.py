@@ -90,6 +90,8 @@ def test_many_small_experts_are_masked(make_layer: Callable[..., Layer], monkeyp
     """Protects: the choice: 48 experts of 32 neurons at once, 4 of 512 one after another, for 256 tokens."""
     small, large = make_layer(256, 64, 32, 64, 48, 8), make_layer(256, 512, 512, 512, 4, 1)
     assert [masking_pays(layer[0], layer[2], layer[3]) for layer in (small, large)] == [True, False]
+    many = torch.empty(1 << 14, 64), torch.empty(1 << 14, 8, dtype=torch.int64), make_layer(1, 64, 1, 64, 2048, 8)[3]
+    assert not masking_pays(*many)  # temporary tensors of 128 MB
     taken: list[str] = []
     monkeypatch.setattr(backward, "dense_masked_backward", lambda *_: taken.append("masked"))
     monkeypatch.setattr(backward, "moe_ffn_backward_reference", lambda *_: taken.append("one after another"))
