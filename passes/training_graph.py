@@ -43,28 +43,31 @@ class RoutedFFN:
     experts: GraphModule
 
 
-def routed_ffns(sparse: GraphModule, dense_names: set[str]) -> list[RoutedFFN]:
+def routed_ffns(sparse: GraphModule, dense: GraphModule) -> list[RoutedFFN]:
     """Find every converted FFN at every site, in graph order.
 
     Args:
-        sparse: the converted model.
-        dense_names: of the nodes of the dense model, captured in the same way.
+        sparse: the converted model; a loaded one does not know the shapes of its values.
+        dense: the model that it was made from, captured in the same way.
     """
     calls = [node for node in sparse.graph.nodes if node.op == "call_module" and _is_router(sparse, node)]
-    return [_read(sparse, call, dense_names) for call in calls]
+    dense_nodes, nodes = ({node.name: node for node in graph.graph.nodes} for graph in (dense, sparse))
+    return [_read(sparse, call, dense_nodes, nodes) for call in calls]
 
 
 def _is_router(sparse: GraphModule, node: Node) -> bool:
     return isinstance(sparse.get_submodule(str(node.target)), Router)
 
 
-def _read(sparse: GraphModule, router_call: Node, dense_names: set[str]) -> RoutedFFN:
+def _read(sparse: GraphModule, router_call: Node, dense_nodes: dict[str, Node], nodes: dict[str, Node]) -> RoutedFFN:
     mixed = _mixed(router_call)
-    node = mixed
-    while node.name not in dense_names and len(node.users) == 1:
-        (node,) = node.users
+    down = mixed
+    while down.name not in dense_nodes and len(down.users) == 1:
+        (down,) = down.users
+    hidden = _hidden(dense_nodes[down.name]).name if down.name in dense_nodes else down.name
     experts = _experts(sparse, router_call, mixed)
-    return RoutedFFN(str(router_call.target).removesuffix(".router"), router_call, mixed, _hidden(node), experts)
+    name = str(router_call.target).removesuffix(".router")
+    return RoutedFFN(name, router_call, mixed, nodes.get(hidden, down), experts)
 
 
 def _mixed(call: Node) -> Node:

@@ -113,7 +113,7 @@ def distill(
     if train == "everything":
         _own_weights(sparse, dense)
     calls = read_batches(batches, _MOST_BATCH_TOKENS)
-    ffns = routed_ffns(sparse, {node.name for node in reference.graph.nodes})
+    ffns = routed_ffns(sparse, reference)
     _require_same(ffns, reference)
     groups = _parameters(sparse, train)
     rates = (learning_rate, 3 * learning_rate, learning_rate / 3)
