@@ -211,19 +211,33 @@ def hold_out(parts: list[Sample]) -> tuple[Sample, Sample]:
     Args:
         parts: of the tokens, in their order; emptied, so that no token is held twice.
     """
-    if sum(len(part.x) for part in parts) < _HELD_OUT:
+    held = torch.arange(sum(len(part.x) for part in parts)) % _HELD_OUT == _HELD_OUT - 1
+    if len(held) < _HELD_OUT:
         whole = join(parts)
         return whole, whole
-    fit: list[Sample] = []
-    measured: list[Sample] = []
-    first = 0
-    while parts:
-        part = parts.pop(0)
-        held = torch.arange(first, first + len(part.x)) % _HELD_OUT == _HELD_OUT - 1
-        fit.append(part.take(~held))
-        measured.append(part.take(held))
-        first += len(held)
-    return join(fit), join(measured)
+    ids = [part.ids for part in parts if part.ids is not None]
+    columns = [[part.x for part in parts], [part.target for part in parts], [part.weight for part in parts]]
+    parts.clear()
+    (x, fit_x), (target, fit_target), (weight, fit_weight) = (_divide(column, held) for column in columns)
+    measured_ids, fit_ids = _divide(ids, held) if ids else (None, None)
+    return Sample(fit_x, fit_target, fit_weight, fit_ids), Sample(x, target, weight, measured_ids)
+
+
+def _divide(column: list[Tensor], held: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that `held` `[T]` keeps out of the fit, and the others; empties `column`."""
+    num_held = int(held.sum())
+    fit = column[0].new_empty(len(held) - num_held, *column[0].shape[1:])
+    measured = column[0].new_empty(num_held, *column[0].shape[1:])
+    first = taken = 0
+    while column:
+        rows = column.pop(0)
+        own = held[first : first + len(rows)]
+        count = int(own.sum())
+        measured[taken : taken + count] = rows[own]
+        fit[first - taken : first - taken + len(rows) - count] = rows[~own]
+        first, taken = first + len(rows), taken + count
+    trim_heap()
+    return measured, fit
 
 
 def join(parts: list[Sample]) -> Sample:
@@ -238,16 +252,28 @@ def count_tokens(expert_ids: Tensor, num_experts: int) -> tuple[int, ...]:
     return tuple(torch.bincount(expert_ids.flatten() + 1, minlength=num_experts + 1)[1:].tolist())
 
 
+@torch.no_grad()
 def relative_error(experts: Experts, router: Router | None, sample: Sample) -> float:
     """`|routed output - target| / |target|`, L2 over all tokens by their weights."""
     difference, size = 0.0, 0.0
     outputs = zip(sample.parts(), chunks(sample.target), chunks(sample.weight), strict=True)
     for (x, ids), target, weight in outputs:
-        y = experts(x, nobody(x)) if router is None else run_experts(experts, router, x, ids)[0]
+        y = _output(experts, router, x, ids)
         difference += float(weight.double() @ (y - target).double().square().sum(1))
         size += float(weight.double() @ target.double().square().sum(1))
     trim_heap()
     return (difference / size) ** 0.5 if size else difference**0.5
+
+
+def _output(experts: Experts, router: Router | None, x: Tensor, ids: Tensor | None) -> Tensor:
+    """Of the tokens `x` `[T, D]`, in the way that holds fewer values: rows for every choice, or all neurons."""
+    if router is None:
+        return experts(x, nobody(x))
+    if router.mixes or router.merges:
+        return run_experts(experts, router, x, ids)[0]
+    weights, expert_ids, *_ = router(x, ids)
+    by_choice = expert_ids.shape[1] * x.shape[1] < sum(experts.widths)
+    return experts(x, expert_ids, weights) if by_choice else experts.masked(x, expert_ids, weights)
 
 
 def tokens_per_expert(experts: Experts, router: Router, sample: Sample) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """How long a layer takes on this CPU, dense and as experts: what chooses the form of the op, and what `plan` asks.
 
     seconds = calls * call + sum over products (multiply-adds / rate(rows)) + values written and read / values
+              + values of rows gathered, scattered and summed / moved
 
 `rate(rows)` is a small table of multiply-adds per second for products with 1, 4, 16, 64 and 256 rows, log-linear in
 between and constant beyond. It is measured on weights that come from memory rather than from a cache, so a product of
@@ -8,7 +9,7 @@ few rows is charged for the bytes of its weights. With uniform routing T tokens 
 of T K / A rows each.
 
 The numbers are those of a file where there is one (`SPARSIFY_COSTS` names it, or `Costs.measure().save()` wrote it to
-the cache folder) and otherwise `BUILT_IN`, measured on one machine. Nothing is measured unasked.
+the cache folder) and otherwise those of one of two machines, by whether it has AMX. Nothing is measured unasked.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ import torch
 
 from sparsify.cpu import packed
 from sparsify.cpu.build import cache_folder, processor
-from sparsify.cpu.built_in_costs import BUILT_IN
+from sparsify.cpu.built_in_costs import EPYC, XEON
 from sparsify.cpu.forms import FORMS, PACKING
 from sparsify.cpu.kernel import kernel_status
 
 ROWS = (1, 4, 16, 64, 256)
+# Neurons of an expert that the tables `fused_slim` and `fused` were measured with.
+FUSED_WIDTHS = (16, 384)
 # What a second copy of the weights must save to be worth its memory.
 _COPY = 1.25
+_AMX = "amx_bf16"  # a flag of the processor
 # The table that a form of one product after another is charged by.
 _TABLES = {"sorted_linears": "expert", "sorted_packed": "expert_packed"}
 
@@ -69,13 +73,15 @@ class Rates:
 
     Attributes:
         call: seconds that a torch op costs before it computes.
-        values: values per second of activations, gathers and sums, read and written.
+        values: values per second of activations, read and written.
+        moved: values per second of rows of tokens that are brought into another order, read and written.
         tables: multiply-adds per second for each of `ROWS`: `dense`, `dense_packed`, `expert`, `expert_packed`,
-            `batched` and `fused`; a table may be missing where the machine has no such kernel.
+            `batched`, `fused` and `fused_slim`; a table may be missing where the machine has no such kernel.
     """
 
     call: float
     values: float
+    moved: float
     tables: Mapping[str, tuple[float, ...]]
 
     def seconds(self, table: str, multiply_adds: float, rows: float) -> float:
@@ -116,7 +122,9 @@ class Costs:
         if named is not None:
             return _read(named)
         own = machine_file()
-        return _read(own) if own.is_file() else _parse(BUILT_IN, "built in")
+        if own.is_file():
+            return _read(own)
+        return _parse(XEON if _AMX in processor() else EPYC, "built in")
 
     @staticmethod
     def measure() -> Costs:
@@ -132,7 +140,7 @@ class Costs:
         """Write a file that `load` reads, by default this machine's, and let the op use it from now on."""
         path = path or machine_file()
         rates = [{"dtype": dtype, "threads": threads, "call": rate.call, "values": rate.values,
-                  "tables": {name: list(table) for name, table in rate.tables.items()}}
+                  "moved": rate.moved, "tables": {name: list(table) for name, table in rate.tables.items()}}
                  for (dtype, threads), rate in sorted(self.rates.items())]  # fmt: skip
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
@@ -156,7 +164,8 @@ class Costs:
             return rates
         by_rows = [factor if rows > 16 else min(factor, 4.0) for rows in ROWS]
         scaled = {kind: tuple(map(operator.mul, table, by_rows)) for kind, table in rates.tables.items()}
-        return Rates(rates.call, rates.values * min(factor, 4.0), scaled)
+        memory = min(factor, 4.0)
+        return Rates(rates.call, rates.values * memory, rates.moved * memory, scaled)
 
     def dense_seconds(self, shape: FFNShape, tokens: int, *, packed: bool = True) -> float:
         """The dense layer.
@@ -188,7 +197,8 @@ class Costs:
     def __str__(self) -> str:
         lines = [f"costs of {self.machine} ({self.source}), multiply-adds per nanosecond for {ROWS} rows"]
         for (dtype, threads), rates in sorted(self.rates.items()):
-            head = f"{dtype}, {threads} threads: a call {rates.call * 1e6:.1f} us, {rates.values / 1e9:.2f} values/ns"
+            head = f"{dtype}, {threads} threads: a call {rates.call * 1e6:.1f} us, "
+            head += f"{rates.values / 1e9:.2f} values/ns, {rates.moved / 1e9:.2f} moved"
             lines.append(head)
             for name, table in rates.tables.items():
                 lines.append(f"  {name:14}" + "".join(f"{rate / 1e9:8.1f}" for rate in table))
@@ -235,9 +245,11 @@ def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
     rows = pairs / max(touched, 1e-9)
     width = shape.intermediate_size / shape.num_experts
     per_pair = width * (gates * shape.hidden_size + shape.out_features)
-    moved = pairs * (shape.hidden_size + 2 * gates * width + 2 * shape.out_features)
+    hidden = 2 * gates * pairs * width / rates.values
+    # Rows are gathered; outputs are joined, scattered, weighted and summed, which reads and writes all of them.
+    moved = pairs * (2 * shape.hidden_size + 7 * shape.out_features) / rates.moved
     if form == "fused":
-        return 2 * rates.call + rates.seconds("fused", pairs * per_pair, rows)
+        return 2 * rates.call + _fused(rates, pairs * (gates * shape.hidden_size + shape.out_features), rows, width)
     if form == "dense_masked":
         masking = 2 * tokens * shape.intermediate_size / rates.values + 8 * rates.call
         return _dense(shape, tokens, rates, "dense_packed") + masking
@@ -247,9 +259,23 @@ def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
     if form == "padded_bmm":
         padded = rows + 2 * math.sqrt(rows)
         multiply_adds = shape.num_experts * padded * per_pair
-        return 25 * rates.call + rates.seconds("batched", multiply_adds, padded) + 2 * moved / rates.values
+        return 25 * rates.call + rates.seconds("batched", multiply_adds, padded) + 2 * (hidden + moved)
     calls = 15 + touched * (calls_each + 4)
-    return calls * rates.call + rates.seconds(_TABLES[form], pairs * per_pair, rows) + moved / rates.values
+    return calls * rates.call + rates.seconds(_TABLES[form], pairs * per_pair, rows) + hidden + moved
+
+
+def _fused(rates: Rates, multiply_adds: float, rows: float, width: float) -> float:
+    """A pair costs its products, by the table, and the moving of its rows, which counts where experts are narrow.
+
+    So its time is linear in the width, through those that were measured. `multiply_adds` are those of a neuron.
+    """
+    products = rates.seconds("fused", width * multiply_adds, rows)
+    if "fused_slim" not in rates.tables:  # of a file that was written before there was one
+        return products
+    slim, wide = FUSED_WIDTHS
+    least = rates.seconds("fused_slim", slim * multiply_adds, rows)
+    most = rates.seconds("fused", wide * multiply_adds, rows)
+    return max(products, least + (most - least) * (width - slim) / (wide - slim))
 
 
 def _read(path: Path) -> Costs:
@@ -265,7 +291,10 @@ def _parse(found: Mapping[str, Any], source: str) -> Costs:
         raise ValueError("another format")
     rates = {
         (str(rate["dtype"]), int(rate["threads"])): Rates(
-            float(rate["call"]), float(rate["values"]), {name: _table(table) for name, table in rate["tables"].items()}
+            float(rate["call"]),
+            float(rate["values"]),
+            float(rate.get("moved", rate["values"])),  # a file of an earlier version has none
+            {name: _table(table) for name, table in rate["tables"].items()},
         )
         for rate in found["rates"]
     }

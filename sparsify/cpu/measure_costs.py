@@ -10,12 +10,14 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from sparsify.cpu import kernel, packed
-from sparsify.cpu.cost_model import ROWS, Rates
+from sparsify.cpu.cost_model import FUSED_WIDTHS, ROWS, Rates
 from sparsify.cpu.experts import Experts
 
 _MEMORY = 64 << 20
 _RUNS = 5
-_HIDDEN, _WIDE, _NARROW = 768, 3072, 384
+_HIDDEN, _WIDE = 768, 3072
+_SLIM, _NARROW = FUSED_WIDTHS
+_SLIM_EXPERTS = 64
 
 
 @torch.no_grad()
@@ -38,10 +40,13 @@ def measure_rates(dtype: torch.dtype) -> Rates:
         tables["expert_packed"] = _table([*map(pack, narrow)], _NARROW, apply, dtype)
     if kernel.kernel_status().available:
         tables["fused"] = _fused_table(weight, dtype)
+        tables["fused_slim"] = _slim_table(weight, dtype)
     row = torch.randn(1, 16).to(dtype)
     call = _seconds(lambda: [torch.relu(row) for _ in range(100)]) / 100 * 2  # of ops with more arguments: about twice
     values = torch.randn(1 << 20).to(dtype)
-    return Rates(call, values.numel() * 2 / _seconds(lambda: functional.gelu(values)), tables)
+    order = torch.randperm(len(weight))
+    moved = weight.numel() * 2 / _seconds(lambda: weight.index_select(0, order))
+    return Rates(call, values.numel() * 2 / _seconds(lambda: functional.gelu(values)), moved, tables)
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -79,14 +84,26 @@ def _batched_table(weight: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
 def _fused_table(weight: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
     """Half of `weight` as up_proj, half as down_proj; K = 1, every expert with the same rows."""
     num_experts = len(weight) // _NARROW // 2
-    up, down = weight[: 2 * num_experts * _NARROW].chunk(2)
-    up, down = up.view(num_experts, _NARROW, _HIDDEN), down.view(num_experts, _HIDDEN, _NARROW)
-    experts = Experts(up, None, None, None, down, None, "gelu")
-    rates: list[float] = []
-    for rows in ROWS:
-        x = torch.randn(num_experts * rows, _HIDDEN).to(dtype)
-        ids = torch.arange(num_experts).repeat(rows).unsqueeze(1)
-        ones = torch.ones(ids.shape)
-        seconds = _seconds(lambda x=x, ids=ids, ones=ones: kernel.run(x, ones, ids, experts))
-        rates.append(rows * 2 * up.numel() / seconds)
-    return tuple(rates)
+    experts = _experts(weight, num_experts, _NARROW)
+    ids = torch.arange(num_experts).unsqueeze(1)
+    return tuple(_fused_rate(experts, ids.repeat(rows, 1), dtype) for rows in ROWS)
+
+
+def _slim_table(weight: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
+    """Every token runs every other expert, so that most of the time goes into its rows of inputs and outputs."""
+    experts = _experts(weight, _SLIM_EXPERTS, _SLIM)
+    ids = torch.arange(_SLIM_EXPERTS).view(-1, 2).t()  # [2, E / 2]
+    return tuple(_fused_rate(experts, ids.repeat(rows, 1), dtype) for rows in ROWS)
+
+
+def _experts(weight: Tensor, num_experts: int, width: int) -> Experts:
+    """The first rows of `weight` `[N, D]` as up_proj, those after them as down_proj."""
+    up, down = weight[: 2 * num_experts * width].chunk(2)
+    up, down = up.view(num_experts, width, _HIDDEN), down.view(num_experts, _HIDDEN, width)
+    return Experts(up, None, None, None, down, None, "gelu")
+
+
+def _fused_rate(experts: Experts, ids: Tensor, dtype: torch.dtype) -> float:
+    """Of the kernel on as many tokens as `ids` `[T, K]` says."""
+    x, ones, ids = torch.randn(len(ids), _HIDDEN).to(dtype), torch.ones(ids.shape), ids.contiguous()
+    return ids.numel() * 2 * experts.up_proj[0].numel() / _seconds(lambda: kernel.run(x, ones, ids, experts))

@@ -12,13 +12,14 @@ from sparsify.cpu.cost_model import ROWS, Costs, FFNShape, Rates
 from sparsify.cpu.forms import FORMS
 
 ALL = ("fused", *FORMS)
+PROCESSORS = {"flags: avx512f": "AMD EPYC (Zen 4)", "flags: avx512f amx_bf16": "Intel Xeon (AMX)"}
 
 
 def make_costs(**tables: float) -> Costs:
     """The same rate for all rows; 1 us a call."""
     rates = {name: tuple([tables.get(name, 1e10)] * len(ROWS)) for name in
-             ("dense", "dense_packed", "expert", "expert_packed", "batched", "fused")}  # fmt: skip
-    return Costs("none", "test", {("float32", torch.get_num_threads()): Rates(1e-6, 1e9, rates)})
+             ("dense", "dense_packed", "expert", "expert_packed", "batched", "fused", "fused_slim")}  # fmt: skip
+    return Costs("none", "test", {("float32", torch.get_num_threads()): Rates(1e-6, 1e9, 4e9, rates)})
 
 
 def shape(num_experts: int = 8, top_k: int = 2, gated: bool = False) -> FFNShape:
@@ -51,9 +52,29 @@ def test_fused_by_hand():
     assert seconds == pytest.approx(2e-6 + 128 * 384 * 1536 / 1e10)
 
 
+def test_narrow_experts_cost_their_rows():
+    """Protects: a pair costs no less because its expert is narrow; between two widths its time is linear."""
+    wide, slim = 8 * 384 * 1536 / 1e10, 8 * 16 * 1536 / 1e9  # of T = 1, K = 8; slim at a tenth of the rate
+    costs = make_costs(fused_slim=1e9)
+
+    def seconds(width: int, costs: Costs = costs) -> float:
+        layer = FFNShape(768, 16 * width, 768, 16, 8, False, torch.float32)
+        return costs.experts(layer, 1, ["fused"])[1] - 2e-6
+
+    assert seconds(384) == pytest.approx(wide)
+    assert seconds(16) == pytest.approx(slim)
+    assert seconds(200) == pytest.approx((wide + slim) / 2)
+    assert seconds(8) == pytest.approx(slim - (wide - slim) * 8 / 368)
+    assert seconds(768) == pytest.approx(2 * wide)
+    assert seconds(1, make_costs(fused_slim=1e14)) == pytest.approx(wide / 384)
+    key, tables = ("float32", torch.get_num_threads()), {"fused": costs.for_dtype(torch.float32).tables["fused"]}
+    older = Costs("none", "test", {key: Rates(1e-6, 1e9, 1e9, tables)})
+    assert seconds(16, older) == pytest.approx(8 * 16 * 1536 / 1e10)
+
+
 def test_rate_between_rows():
     """Protects: the table is read at the rows it was measured for, log-linear in between, constant beyond."""
-    rates = Rates(0, 1, {"dense": (1.0, 4.0, 16.0, 64.0, 256.0)})
+    rates = Rates(0, 1, 1, {"dense": (1.0, 4.0, 16.0, 64.0, 256.0)})
     for rows, rate in ((1, 1), (2, 2), (4, 4), (8, 8), (256, 256), (5000, 256)):
         assert rates.seconds("dense", 1.0, rows) == pytest.approx(1 / rate)
 
@@ -74,8 +95,10 @@ def test_a_copy_of_the_weights_must_pay():
 
 
 @pytest.mark.parametrize("form", ALL)
-def test_more_tokens_cost_more(form):
+@pytest.mark.parametrize("flags", PROCESSORS)
+def test_more_tokens_cost_more(form, flags, monkeypatch):
     """Protects: no form is free at any size. A single row may cost more than four: it takes another path in oneDNN."""
+    monkeypatch.setattr(cost_model, "processor", lambda: flags)
     costs = Costs.load()
     for dtype in (torch.float32, torch.bfloat16):
         layer = FFNShape(768, 3072, 768, 8, 2, False, dtype)
@@ -84,12 +107,22 @@ def test_more_tokens_cost_more(form):
         assert times[0] > 0
 
 
-def test_built_in_numbers_say_that_experts_pay():
-    """Protects: the default table is usable as it is."""
+@pytest.mark.parametrize(("flags", "machine"), PROCESSORS.items())
+def test_built_in_numbers_say_that_experts_pay(flags, machine, monkeypatch):
+    """Protects: both tables are usable as they are, each on processors of its kind."""
+    monkeypatch.setattr(cost_model, "processor", lambda: flags)
     costs = Costs.load()
-    assert costs.source == "built in"
+    assert (costs.source, costs.machine) == ("built in", machine)
     for tokens in (1, 64, 1024):
         assert costs.experts(shape(), tokens, ["fused"])[1] < costs.dense_seconds(shape(), tokens)
+
+
+@pytest.mark.parametrize("flags", PROCESSORS)
+def test_many_narrow_experts_are_run_together(flags, monkeypatch):
+    """Protects: 96 of 192 experts of 8 neurons take three times as long one after another (measured on a Xeon)."""
+    monkeypatch.setattr(cost_model, "processor", lambda: flags)
+    layer = FFNShape(384, 1536, 384, 192, 96, False, torch.float32)
+    assert Costs.load().experts(layer, 512, ALL)[0] == "dense_masked"
 
 
 def test_saved_and_loaded(tmp_path, monkeypatch):

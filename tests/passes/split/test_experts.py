@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,6 +32,19 @@ def test_experts_of_several_units(dense: DenseFFN) -> None:
     for t, k in ((t, k) for t in range(6) for k in range(2) if ids[t, k] >= 0):
         gate[t, routed.flatten().split([3, 9, 6])[int(ids[t, k])]] += weights[t, k]
     torch.testing.assert_close(experts(x, ids, weights), dense.down(hidden * gate), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 3, 2)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 6])
+def test_masked_is_the_same(dense: DenseFFN, sizes: tuple[int, ...] | None, num_tokens: int) -> None:
+    """Protects: both ways to run experts agree, biases of experts, shared ones, padding and unused slots included."""
+    order = torch.randperm(24)
+    padded = torch.cat([order[6:], torch.full((6,), -1)]).view(-1, 4) if sizes is None else order[6:].view(6, 3)
+    experts = divide_unevenly(dense, order[:6], padded, sizes)
+    experts = replace(experts, expert_bias=torch.randn(experts.num_units, 7))
+    x, weights = torch.randn(num_tokens, 7), torch.rand(num_tokens, 2)
+    ids = torch.tensor([[0, 1], [2, 1], [1, -1], [-1, -1], [2, 0], [0, 2]])[:num_tokens]
+    torch.testing.assert_close(experts.masked(x, ids, weights), experts(x, ids, weights), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_adds_nothing(dense: DenseFFN) -> None:

@@ -109,6 +109,18 @@ def test_held_out_tokens_are_not_fitted() -> None:
     assert all(torch.equal(one.x, few.x) and torch.equal(one.target, few.target) for one in both)
 
 
+@pytest.mark.parametrize("num_experts", [2, 24])
+def test_the_error_is_that_of_the_outputs(dense: DenseFFN, num_experts: int) -> None:
+    """Protects: few wide experts and many narrow ones, which are measured in different ways."""
+    fit, measured = hold_out([sample(dense, 300)])
+    config = SparsifyConfig(num_experts=num_experts, top_k=num_experts // 2, num_shared_experts=0)
+    result = split_ffn(dense, dense, fit, measured, config, may_refit=True)
+    assert result.router is not None
+    weights, ids = result.router(measured.x)
+    difference = result.experts(measured.x, ids, weights) - measured.target
+    assert result.error == pytest.approx(float((difference.norm() / measured.target.norm()).detach()), rel=1e-4)
+
+
 def test_is_deterministic(dense: DenseFFN) -> None:
     """Protects: promise 6."""
     fit, measured = hold_out([sample(dense, 300)])
