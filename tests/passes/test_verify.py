@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import VerificationError
+from sparsify.passes import verify
 from sparsify.passes.capture import capture
 from sparsify.passes.match_ffn import match_ffn
 from sparsify.passes.split.dense_ffn import read_ffn
@@ -27,6 +29,20 @@ def test_receipt() -> None:
     wrong[1, :, 2] *= 1.01
     assert receipt(dense, replace(experts, down=wrong), x) > 1e-5
     assert receipt(dense, experts, x[:0]) == 0.0
+    assert math.isnan(receipt(dense, replace(experts, down=experts.down * float("nan")), x))
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_receipt_of_many_experts(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: where tokens are taken a few at a time, all of them count."""
+    monkeypatch.setattr(verify, "_ROWS", 24)
+    graph_module = capture(nn.Sequential(nn.Linear(7, 24), nn.ReLU(), nn.Linear(24, 7)), (torch.randn(3, 7),))
+    dense = read_ffn(graph_module, match_ffn(graph_module)[0][0])
+    experts = divide(dense, torch.randperm(24).view(12, 2), 0)
+    x = torch.zeros(5, 7)
+    x[row] = torch.randn(7)
+    assert receipt(dense, experts, x) <= 1e-5
+    assert receipt(dense, replace(experts, down=1.01 * experts.down), x) > 1e-3
 
 
 @pytest.mark.parametrize("value", [2e-5, float("nan"), float("inf")])
