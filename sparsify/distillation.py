@@ -35,6 +35,7 @@ from sparsify.routers import UnitRouter
 from sparsify.sparse_model import SparseModel
 
 _ROUTED_TOKENS = 128  # of a layer and step that teach its router: all its experts run for them
+_ROUTED_ROWS = 1 << 13  # of these tokens and experts: fewer tokens where experts are many
 _EVERY = 50  # steps between checkpoints
 _MOST_BATCH_TOKENS = 2**62
 
@@ -74,7 +75,7 @@ def distill(
     steps: int,
     train: Trained = "experts",
     through: Literal["model", "block"] = "model",
-    learning_rate: float = 3e-4,
+    learning_rate: float = 1e-4,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: DistillProgress | None = None,
@@ -290,7 +291,8 @@ def _layer_losses(
     flat = select_tokens(kept[ffn.router_call.all_input_nodes[0].name], call.mask)
     if len(flat) != len(error):
         return loss, loss.new_zeros(())
-    rows = torch.arange(0, len(flat), -(-len(flat) // _ROUTED_TOKENS))
+    taught = max(1, min(_ROUTED_TOKENS, _ROUTED_ROWS // router.num_experts))
+    rows = torch.arange(0, len(flat), -(-len(flat) // taught))
     x, error, weight = flat.detach()[rows], error.detach()[rows], weight[rows]
     logits = router.logits(x).float()
     added = expert_outputs(ffn, x, router.num_experts).float()  # [T, R, D_out]

@@ -99,8 +99,12 @@ def test_logits_are_compared_as_probabilities(batches: list[Tensor]) -> None:
     assert losses[0] - losses[1] == pytest.approx(float(divergence - relative), rel=1e-3)
 
 
-def test_routers_alone(dense: nn.Module, batches: list[Tensor], folder: Path) -> None:
-    """Protects: train="routers" leaves the experts alone."""
+@pytest.mark.parametrize("rows", [1, 1 << 13])
+def test_routers_alone(
+    dense: nn.Module, batches: list[Tensor], folder: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: train="routers" leaves the experts alone; routers learn even where one token is all that is run."""
+    monkeypatch.setattr("sparsify.distillation._ROUTED_ROWS", rows)
     sparse = SparseModel.load(folder)
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     distill(sparse, dense, batches, steps=5, train="routers")
