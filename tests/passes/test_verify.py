@@ -36,7 +36,8 @@ def test_receipt() -> None:
 def test_a_receipt_of_many_experts(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: where tokens are taken a few at a time, all of them count."""
     monkeypatch.setattr(verify, "_ROWS", 24)
-    graph_module = capture(nn.Sequential(nn.Linear(7, 24), nn.ReLU(), nn.Linear(24, 7)), (torch.randn(3, 7),))
+    model = nn.Sequential(nn.Linear(7, 24, bias=False), nn.ReLU(), nn.Linear(24, 7, bias=False))
+    graph_module = capture(model, (torch.randn(3, 7),))
     dense = read_ffn(graph_module, match_ffn(graph_module)[0][0])
     experts = divide(dense, torch.randperm(24).view(12, 2), 0)
     x = torch.zeros(5, 7)
