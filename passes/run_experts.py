@@ -32,10 +32,11 @@ def run_experts(experts: Experts, router: Router, x: Tensor, ids: Tensor | None 
         slots, combine_weights = others
         routed = replace(experts, shared=None, bias=None)(slots, expert_ids, routing_weights)
         y = torch.flatten(combine_weights @ routed.unflatten(0, (len(combine_weights), -1)), 0, 1)
-    else:
-        return experts(x, expert_ids, routing_weights), expert_ids
-    y = y if experts.shared is None else y + experts.shared(x)
-    return (y if experts.bias is None else y + experts.bias), expert_ids
+    else:  # in the way that holds fewer values of a token
+        by_choice = expert_ids.shape[1] * x.shape[1] < sum(experts.widths)
+        run = experts if by_choice else experts.masked
+        return run(x, expert_ids, routing_weights), expert_ids
+    return experts.with_shared(y, x), expert_ids
 
 
 def _merged_vector(vector: Tensor, merge: Callable[[Tensor], Tensor]) -> Tensor:

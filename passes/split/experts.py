@@ -115,8 +115,7 @@ class Experts:
         """
         routed = self.num_units > 0
         y = self._routed(x, expert_ids, routing_weights) if routed else x.new_zeros(len(x), self.down.shape[1])
-        y = y if self.shared is None else y + self.shared(x)
-        return y if self.bias is None else y + self.bias
+        return self.with_shared(y, x)
 
     def masked(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """As `__call__`, by products over all neurons: less work and memory where experts are many and narrow.
@@ -135,6 +134,10 @@ class Experts:
         hidden = (self.hidden(x) * shares.unsqueeze(2)).flatten(1)
         y = hidden @ self.down.transpose(1, 2).flatten(0, 1)
         y = y if self.expert_bias is None else y + shares @ self.expert_bias
+        return self.with_shared(y, x)
+
+    def with_shared(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add what every token gets."""
         y = y if self.shared is None else y + self.shared(x)
         return y if self.bias is None else y + self.bias
 

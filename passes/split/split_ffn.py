@@ -46,8 +46,8 @@ class Sample:
     weight: Tensor
     ids: Tensor | None = None
 
-    def take(self, chosen: Tensor | slice) -> Sample:
-        """Some of the tokens: `[T]` bool, or a slice."""
+    def take(self, chosen: slice) -> Sample:
+        """Some of the tokens."""
         ids = None if self.ids is None else self.ids[chosen]
         return Sample(self.x[chosen], self.target[chosen], self.weight[chosen], ids)
 
@@ -258,22 +258,11 @@ def relative_error(experts: Experts, router: Router | None, sample: Sample) -> f
     difference, size = 0.0, 0.0
     outputs = zip(sample.parts(), chunks(sample.target), chunks(sample.weight), strict=True)
     for (x, ids), target, weight in outputs:
-        y = _output(experts, router, x, ids)
+        y = experts(x, nobody(x)) if router is None else run_experts(experts, router, x, ids)[0]
         difference += float(weight.double() @ (y - target).double().square().sum(1))
         size += float(weight.double() @ target.double().square().sum(1))
     trim_heap()
     return (difference / size) ** 0.5 if size else difference**0.5
-
-
-def _output(experts: Experts, router: Router | None, x: Tensor, ids: Tensor | None) -> Tensor:
-    """Of the tokens `x` `[T, D]`, in the way that holds fewer values: rows for every choice, or all neurons."""
-    if router is None:
-        return experts(x, nobody(x))
-    if router.mixes or router.merges:
-        return run_experts(experts, router, x, ids)[0]
-    weights, expert_ids, *_ = router(x, ids)
-    by_choice = expert_ids.shape[1] * x.shape[1] < sum(experts.widths)
-    return experts(x, expert_ids, weights) if by_choice else experts.masked(x, expert_ids, weights)
 
 
 def tokens_per_expert(experts: Experts, router: Router, sample: Sample) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ few rows is charged for the bytes of its weights. With uniform routing T tokens 
 of T K / A rows each.
 
 The numbers are those of a file where there is one (`SPARSIFY_COSTS` names it, or `Costs.measure().save()` wrote it to
-the cache folder) and otherwise those of one of two machines, by whether it has AMX. Nothing is measured unasked.
+the cache folder) and otherwise `BUILT_IN`, measured elsewhere. Nothing is measured unasked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from sparsify.cpu import packed
 from sparsify.cpu.build import cache_folder, processor
-from sparsify.cpu.built_in_costs import EPYC, XEON
+from sparsify.cpu.built_in_costs import BUILT_IN
 from sparsify.cpu.forms import FORMS, PACKING
 from sparsify.cpu.kernel import kernel_status
 
@@ -39,7 +39,7 @@ ROWS = (1, 4, 16, 64, 256)
 FUSED_WIDTHS = (16, 384)
 # What a second copy of the weights must save to be worth its memory.
 _COPY = 1.25
-_AMX = "amx_bf16"  # a flag of the processor
+_FORMAT = 2  # of files
 # The table that a form of one product after another is charged by.
 _TABLES = {"sorted_linears": "expert", "sorted_packed": "expert_packed"}
 
@@ -122,9 +122,7 @@ class Costs:
         if named is not None:
             return _read(named)
         own = machine_file()
-        if own.is_file():
-            return _read(own)
-        return _parse(XEON if _AMX in processor() else EPYC, "built in")
+        return _read(own) if own.is_file() else _parse(BUILT_IN, "built in")
 
     @staticmethod
     def measure() -> Costs:
@@ -144,7 +142,7 @@ class Costs:
                  for (dtype, threads), rate in sorted(self.rates.items())]  # fmt: skip
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump({"format": 1, "machine": self.machine, "rows": list(ROWS), "rates": rates}, file, indent=1)
+            json.dump({"format": _FORMAT, "machine": self.machine, "rows": list(ROWS), "rates": rates}, file, indent=1)
         os.replace(file.name, path)
         current_costs.cache_clear()
         return path
@@ -228,7 +226,7 @@ def processor_name() -> str:
 
 def machine_file() -> Path:
     """Where the costs of this machine are saved."""
-    return cache_folder() / f"costs-{hashlib.sha256(processor().encode()).hexdigest()[:16]}.json"
+    return cache_folder() / f"costs-{_FORMAT}-{hashlib.sha256(processor().encode()).hexdigest()[:16]}.json"
 
 
 def _dense(shape: FFNShape, tokens: int, rates: Rates, table: str) -> float:
@@ -244,12 +242,13 @@ def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
     touched = shape.num_experts * (1 - (1 - min(1.0, shape.top_k / shape.num_experts)) ** tokens)
     rows = pairs / max(touched, 1e-9)
     width = shape.intermediate_size / shape.num_experts
-    per_pair = width * (gates * shape.hidden_size + shape.out_features)
+    per_neuron = gates * shape.hidden_size + shape.out_features
+    per_pair = width * per_neuron
     hidden = 2 * gates * pairs * width / rates.values
     # Rows are gathered; outputs are joined, scattered, weighted and summed, which reads and writes all of them.
     moved = pairs * (2 * shape.hidden_size + 7 * shape.out_features) / rates.moved
     if form == "fused":
-        return 2 * rates.call + _fused(rates, pairs * (gates * shape.hidden_size + shape.out_features), rows, width)
+        return 2 * rates.call + _fused(rates, pairs * per_neuron, rows, width)
     if form == "dense_masked":
         masking = 2 * tokens * shape.intermediate_size / rates.values + 8 * rates.call
         return _dense(shape, tokens, rates, "dense_packed") + masking
@@ -264,17 +263,15 @@ def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
     return calls * rates.call + rates.seconds(_TABLES[form], pairs * per_pair, rows) + hidden + moved
 
 
-def _fused(rates: Rates, multiply_adds: float, rows: float, width: float) -> float:
+def _fused(rates: Rates, per_neuron: float, rows: float, width: float) -> float:
     """A pair costs its products, by the table, and the moving of its rows, which counts where experts are narrow.
 
-    So its time is linear in the width, through those that were measured. `multiply_adds` are those of a neuron.
+    So its time is linear in the width, through those that were measured. `per_neuron` are multiply-adds.
     """
-    products = rates.seconds("fused", width * multiply_adds, rows)
-    if "fused_slim" not in rates.tables:  # of a file that was written before there was one
-        return products
     slim, wide = FUSED_WIDTHS
-    least = rates.seconds("fused_slim", slim * multiply_adds, rows)
-    most = rates.seconds("fused", wide * multiply_adds, rows)
+    least = rates.seconds("fused_slim", slim * per_neuron, rows)
+    most = rates.seconds("fused", wide * per_neuron, rows)
+    products = most * width / wide
     return max(products, least + (most - least) * (width - slim) / (wide - slim))
 
 
@@ -287,13 +284,13 @@ def _read(path: Path) -> Costs:
 
 
 def _parse(found: Mapping[str, Any], source: str) -> Costs:
-    if found["format"] != 1 or tuple(found["rows"]) != ROWS:
+    if found["format"] != _FORMAT or tuple(found["rows"]) != ROWS:
         raise ValueError("another format")
     rates = {
         (str(rate["dtype"]), int(rate["threads"])): Rates(
             float(rate["call"]),
             float(rate["values"]),
-            float(rate.get("moved", rate["values"])),  # a file of an earlier version has none
+            float(rate["moved"]),
             {name: _table(table) for name, table in rate["tables"].items()},
         )
         for rate in found["rates"]

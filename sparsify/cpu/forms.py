@@ -4,12 +4,12 @@
 | --- | --- | --- |
 | `token_loop` | a token or two: only the chosen experts are read | none |
 | `padded_bmm` | few tokens, many threads | none |
-| `dense_masked` | few tokens: nearly all experts are read anyway, in two large products | all, packed |
+| `dense_masked` | few tokens or narrow experts: nearly all are read anyway, in two large products | all, packed |
 | `sorted_linears` | many tokens | none |
 | `sorted_packed` | many tokens | all, packed |
 
-They serve where `sparsify.cpu.kernel` cannot. T tokens, D hidden_size, D_out output features, E num_experts, K top_k,
-I neurons of one expert, n pairs of a token and a slot that is used.
+They serve where `sparsify.cpu.kernel` cannot, or is slower. T tokens, D hidden_size, D_out output features, E num_experts,
+K top_k, I neurons of one expert, n pairs of a token and a slot that is used.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from sparsify.cpu.cost_model import ROWS, Costs, FFNShape, Rates
 from sparsify.cpu.forms import FORMS
 
 ALL = ("fused", *FORMS)
-PROCESSORS = {"flags: avx512f": "AMD EPYC (Zen 4)", "flags: avx512f amx_bf16": "Intel Xeon (AMX)"}
 
 
 def make_costs(**tables: float) -> Costs:
@@ -67,9 +66,6 @@ def test_narrow_experts_cost_their_rows():
     assert seconds(8) == pytest.approx(slim - (wide - slim) * 8 / 368)
     assert seconds(768) == pytest.approx(2 * wide)
     assert seconds(1, make_costs(fused_slim=1e14)) == pytest.approx(wide / 384)
-    key, tables = ("float32", torch.get_num_threads()), {"fused": costs.for_dtype(torch.float32).tables["fused"]}
-    older = Costs("none", "test", {key: Rates(1e-6, 1e9, 1e9, tables)})
-    assert seconds(16, older) == pytest.approx(8 * 16 * 1536 / 1e10)
 
 
 def test_rate_between_rows():
@@ -95,10 +91,8 @@ def test_a_copy_of_the_weights_must_pay():
 
 
 @pytest.mark.parametrize("form", ALL)
-@pytest.mark.parametrize("flags", PROCESSORS)
-def test_more_tokens_cost_more(form, flags, monkeypatch):
+def test_more_tokens_cost_more(form):
     """Protects: no form is free at any size. A single row may cost more than four: it takes another path in oneDNN."""
-    monkeypatch.setattr(cost_model, "processor", lambda: flags)
     costs = Costs.load()
     for dtype in (torch.float32, torch.bfloat16):
         layer = FFNShape(768, 3072, 768, 8, 2, False, dtype)
@@ -107,20 +101,16 @@ def test_more_tokens_cost_more(form, flags, monkeypatch):
         assert times[0] > 0
 
 
-@pytest.mark.parametrize(("flags", "machine"), PROCESSORS.items())
-def test_built_in_numbers_say_that_experts_pay(flags, machine, monkeypatch):
-    """Protects: both tables are usable as they are, each on processors of its kind."""
-    monkeypatch.setattr(cost_model, "processor", lambda: flags)
+def test_built_in_numbers_say_that_experts_pay():
+    """Protects: the default table is usable as it is."""
     costs = Costs.load()
-    assert (costs.source, costs.machine) == ("built in", machine)
+    assert costs.source == "built in"
     for tokens in (1, 64, 1024):
         assert costs.experts(shape(), tokens, ["fused"])[1] < costs.dense_seconds(shape(), tokens)
 
 
-@pytest.mark.parametrize("flags", PROCESSORS)
-def test_many_narrow_experts_are_run_together(flags, monkeypatch):
-    """Protects: 96 of 192 experts of 8 neurons take three times as long one after another (measured on a Xeon)."""
-    monkeypatch.setattr(cost_model, "processor", lambda: flags)
+def test_many_narrow_experts_are_run_together():
+    """Protects: 96 of 192 experts of 8 neurons do not run one after another."""
     layer = FFNShape(384, 1536, 384, 192, 96, False, torch.float32)
     assert Costs.load().experts(layer, 512, ALL)[0] == "dense_masked"
 
@@ -140,7 +130,16 @@ def test_saved_and_loaded(tmp_path, monkeypatch):
     assert [file.name for file in own.parent.iterdir()] == [own.name]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 2, "rows": [], "rates": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"format": 2, "rows": [], "rates": []}',
+        '{"format": 1, "rows": [1, 4, 16, 64, 256], "machine": "older", "rates": []}',
+    ],
+)
 def test_a_file_that_is_none(tmp_path, text):
     """Protects: an error names the file."""
     path = tmp_path / "costs.json"
