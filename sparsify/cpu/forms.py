@@ -8,8 +8,9 @@
 | `sorted_linears` | many tokens | none |
 | `sorted_packed` | many tokens | all, packed |
 
-They serve where `sparsify.cpu.kernel` cannot, or is slower. T tokens, D hidden_size, D_out output features, E num_experts,
-K top_k, I neurons of one expert, n pairs of a token and a slot that is used.
+They serve where `sparsify.cpu.kernel` cannot, or is slower.
+T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neurons of one expert, n pairs of a token and
+a slot that is used.
 """
 
 from __future__ import annotations
