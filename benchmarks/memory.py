@@ -59,9 +59,10 @@ def main(
 
 def _warm_up() -> None:
     """Load the code that a conversion loads: it is no part of what a model costs."""
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(hidden_size=128, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=2)
     model = LlamaForCausalLM(config).eval()
-    sparsify(model, kwargs={"input_ids": torch.zeros(2, 4, dtype=torch.int64), "use_cache": False}, select="all")
+    batches = [{"input_ids": torch.randint(1000, (8, 64)), "use_cache": False} for _ in range(4)]
+    sparsify(model, kwargs=batches[0], calibration=batches, select="all", distill_steps=20)
     gc.collect()
 
 

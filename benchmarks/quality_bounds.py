@@ -34,7 +34,8 @@ from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.refit import refit
-from sparsify.passes.split.split_ffn import Sample, SplitResult, split_ffn
+from sparsify.passes.split.sample import Sample
+from sparsify.passes.split.split_ffn import SplitResult, split_ffn
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 from sparsify.passes.verify import receipt
 from sparsify.routers import UnitRouter
@@ -110,7 +111,7 @@ def _refitted(
 
 
 def _thin(sample: Sample) -> Sample:
-    return sample.take(slice(None, None, -(-len(sample.x) // _TOKENS)))
+    return sample.every(-(-len(sample.x) // _TOKENS))
 
 
 class NeuronRouter(UnitRouter):

@@ -25,7 +25,8 @@ from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.refit import refit
-from sparsify.passes.split.split_ffn import Sample, SplitResult, relative_error, split_ffn, tokens_per_expert
+from sparsify.passes.split.sample import Sample
+from sparsify.passes.split.split_ffn import SplitResult, relative_error, split_ffn, tokens_per_expert
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 from sparsify.passes.split.train_router import expert_norms, train_router
 from sparsify.passes.verify import receipt
@@ -302,9 +303,7 @@ def _half_shared(experts: int, top_k: int) -> int:
     return top_k // 2
 
 
-def _clustering(
-    says: str, split: Split, prepare: Callable[[Subject, list[Any]], None] | None = None
-) -> Method:
+def _clustering(says: str, split: Split, prepare: Callable[[Subject, list[Any]], None] | None = None) -> Method:
     """As "ours, closed form", by another similarity of neurons."""
     return Method(f"neurons grouped by {says}", split, _mlp, few_shared, {"distill_steps": 0}, prepare=prepare)
 

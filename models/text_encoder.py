@@ -19,7 +19,7 @@ from sparsify.models.text import corpus, sentences_from_file
 
 _CALIBRATION_SENTENCES = 1800
 _HELD_OUT_SENTENCES = 400
-_BATCH = 64
+_BATCH = 32
 _MAX_TOKENS = 128
 _EXAMPLE_TOKENS = 16
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,18 +24,20 @@ from torch.fx import GraphModule
 from sparsify.config import SparsifyConfig
 from sparsify.errors import SelectionError
 from sparsify.passes.branches import Branch
-from sparsify.passes.calibrate import CalibrationStream, Call
+from sparsify.passes.calibrate import CalibrationStream, Call, count_tokens
 from sparsify.passes.find_layers import find_layers
 from sparsify.passes.fuse_moe import FuseMoEPass, why_not_fused
 from sparsify.passes.heap import give_freed_memory_back, trim_heap
 from sparsify.passes.insert_moe import InsertMoEPass
 from sparsify.passes.make_experts import make_experts
 from sparsify.passes.match_ffn import FFNMatch
+from sparsify.passes.on_disk import has_room
 from sparsify.passes.plan import ConversionPlan
 from sparsify.passes.residual import residual_terms, sums_behind
 from sparsify.passes.split.dense_ffn import DenseFFN, read_ffn
 from sparsify.passes.split.fold_vectors import fold_vectors
-from sparsify.passes.split.split_ffn import Sample, SplitResult, hold_out, join
+from sparsify.passes.split.sample import Part, Sample, hold_out, join
+from sparsify.passes.split.split_ffn import SplitResult
 from sparsify.passes.split.statistics import chunks
 from sparsify.passes.thread_ids import IdSource, thread_ids
 from sparsify.passes.token_layout import group_size
@@ -44,7 +46,7 @@ from sparsify.passes.verify import check_receipt
 from sparsify.routers import MergingRouter, Router, router_class
 
 _SYNTHETIC_TOKENS = 4096
-_SMALLEST_VARIANCE = 1e-4  # of the hidden state of a token, relative to the mean: a bound for its weight
+_HELD_TIMES = 4  # that a token is held
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def convert(
     batches = [example] if calibration is None else calibration
     dense_module = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     may_free_early = all(len(match.sites) == 1 for match in todo)  # shared sites need a second dense run
-    reference, stream = CalibrationStream(dense_module, batches), CalibrationStream(graph_module, batches)
+    on_disk = _belong_on_disk(batches, graph_module, todo)
+    reference = CalibrationStream(dense_module, batches, on_disk=on_disk)
+    stream = CalibrationStream(graph_module, batches, on_disk=on_disk)
     layers = {layer.name: layer for layer in plan.layers}
     outdated: list[tuple[str, nn.Parameter]] = []
     tokens = 0
@@ -127,12 +131,15 @@ def convert(
         group = _group(graph_module, match, options)
         id_nodes = thread_ids(graph_module.graph, match, ids) if ids is not None else ()
         if len(match.sites) > 1:
-            parts = [_pooled(dense_module, batches, match, dense, config.max_calibration_tokens, ids)]
+            parts = iter([_pooled(dense_module, batches, match, dense, config.max_calibration_tokens, ids)])
         else:
             parts = _samples(reference, stream, graph_module, match, id_nodes)
-            outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
-        tokens = 0 if calibration is None else sum(len(part.x) for part in parts)
-        fit, measured = hold_out(parts) if calibration is not None else _synthetic(join(parts), config.seed)
+        if calibration is None:
+            fit, measured = _synthetic(join(parts), config.seed)
+        else:
+            fit, measured = hold_out(parts, on_disk=on_disk)
+            tokens = len(fit.x) + (len(measured.x) if measured is not fit else 0)
+        outdated = _free(outdated, graph_module, reference) if may_free_early else outdated
         trim_heap()
         copied = [branch.read(match.name) for branch in branches]
         result = make_experts(dense, original, fit, measured, options, copied, may_refit=calibration is not None)
@@ -156,6 +163,16 @@ def convert(
         results[layer.name] = replace(results[layer.name], unfused=why_not_fused(layer))
     progress(len(todo), len(todo))
     return results, tokens
+
+
+def _belong_on_disk(batches: Sequence[Call], graph_module: GraphModule, matches: Sequence[FFNMatch]) -> bool:
+    """Tokens that are larger than the model: in two streams, as inputs and as wanted outputs."""
+    if any(tensor.device.type != "cpu" for tensor in graph_module.parameters()):
+        return False
+    features = max(read_ffn(graph_module, match).down.weight.shape[0] for match in matches)
+    size = _HELD_TIMES * torch.float32.itemsize * features * sum(map(count_tokens, batches))
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in graph_module.parameters())
+    return size > weights and has_room(size)
 
 
 def _with_table(options: SparsifyConfig, ids: IdSource | None) -> SparsifyConfig:
@@ -259,35 +276,22 @@ def _samples(
     graph_module: GraphModule,
     match: FFNMatch,
     id_nodes: Sequence[str],
-) -> list[Sample]:
-    """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one, by batch.
-
-    Batch after batch, so that of all tokens only these two are held.
-    """
+) -> Iterator[Part]:
+    """The inputs of the FFN in the converted stream, and the outputs that lead back to the dense one, by batch."""
     (site,) = match.sites
     down = next(node for node in graph_module.graph.nodes if node.name == site.down)
     residual_places = [(term.name, site.down_axis) for term in residual_terms(down)]
     places = [(site.x, site.x_axis), *residual_places]
     dense_places = [(site.down, site.down_axis), *residual_places]
-    found: list[tuple[Tensor, Tensor, list[Tensor]]] = []
-    variances: list[Tensor] = []
     batches = zip(
         stream.batches_at(places, match.name, id_nodes), reference.batches_at(dense_places, match.name), strict=True
     )
     for (x, *others), (target, *dense_residuals) in batches:
-        if not len(x):
-            continue
         residuals, ids = others[: len(residual_places)], others[len(residual_places) :]
         for residual, dense_residual in zip(residuals, dense_residuals, strict=True):
             target = target + (dense_residual - residual)  # not in place: without a mask it is a view of the stream
-        found.append((x, target, ids))
-        variances.append(_variance(target, residuals))
+        yield Part(x, target, _variance(target, residuals), ids[0] if ids else None)
     reference.pass_by([node.name for node in sums_behind(down)])
-    weights = _weights(torch.cat(variances)).split([len(variance) for variance in variances])
-    return [
-        Sample(x, target, weight, ids[0] if ids else None)
-        for (x, target, ids), weight in zip(found, weights, strict=True)
-    ]
 
 
 def _variance(target: Tensor, residuals: list[Tensor]) -> Tensor:
@@ -297,13 +301,6 @@ def _variance(target: Tensor, residuals: list[Tensor]) -> Tensor:
     return (target + torch.stack(residuals).sum(0)).var(1, correction=0)
 
 
-def _weights(variance: Tensor) -> Tensor:
-    """`[T]`: one over the variance, at a mean of 1."""
-    least = _SMALLEST_VARIANCE * variance.mean() + torch.finfo(variance.dtype).tiny
-    weight = 1 / torch.maximum(variance, least)
-    return weight / weight.mean()
-
-
 def _pooled(
     dense_module: GraphModule,
     batches: Sequence[Call],
@@ -311,7 +308,7 @@ def _pooled(
     dense: DenseFFN,
     max_tokens: int,
     source: IdSource | None,
-) -> Sample:
+) -> Part:
     """The inputs of all sites that share the FFN, in the dense model: its experts serve every site."""
     own = GraphModule(dense_module, copy.deepcopy(dense_module.graph))
     id_nodes = thread_ids(own.graph, match, source) if source is not None else ()
@@ -321,7 +318,7 @@ def _pooled(
     x = torch.cat(found[: len(sites)])
     step = -(-len(x) // max_tokens)
     x, ids = x[::step], torch.cat(found[len(sites) :])[::step] if id_nodes else None
-    return Sample(x, torch.cat([dense(part) for part in chunks(x)]), x.new_ones(len(x)), ids)
+    return Part(x, torch.cat([dense(part) for part in chunks(x)]), x.new_ones(len(x)), ids)
 
 
 def _synthetic(sample: Sample, seed: int) -> tuple[Sample, Sample]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from sparsify.config import SparsifyConfig
 from sparsify.passes.split.dense_ffn import DenseFFN
-from sparsify.passes.split.split_ffn import Sample, SplitResult, split_ffn
+from sparsify.passes.split.sample import Sample
+from sparsify.passes.split.split_ffn import SplitResult, split_ffn
 from sparsify.passes.upcycle_ffn import upcycle_ffn
 
 

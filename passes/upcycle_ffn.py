@@ -22,7 +22,8 @@ from sparsify.passes.branches import branch_receipt, join_branches
 from sparsify.passes.run_experts import run_experts
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide, take_neurons
-from sparsify.passes.split.split_ffn import Sample, SplitResult, count_tokens, relative_error
+from sparsify.passes.split.sample import Sample
+from sparsify.passes.split.split_ffn import SplitResult, count_tokens, relative_error
 from sparsify.routers import LinearRouter, Router, make_router
 
 

@@ -14,7 +14,7 @@ from sparsify.passes.split.experts import Experts
 
 RECEIPT_BOUND = 1e-5
 _SAMPLE = 512
-_ROWS = 1 << 14  # of tokens and experts at a time: each is a row of inputs and one of outputs
+_ROWS = 1 << 12  # of tokens and experts at a time: each is a row of inputs and one of outputs
 
 
 def receipt(dense: DenseFFN, experts: Experts, x: Tensor) -> float:

@@ -28,7 +28,7 @@ class CausalityError(SparsifyError, ValueError):
 
 
 class CalibrationError(SparsifyError, ValueError):
-    """The calibration data is empty, does not fit the model, or leads to values that are not finite."""
+    """The calibration data is empty, does not fit the model or the disk, or leads to values that are not finite."""
 
 
 class PassError(SparsifyError, RuntimeError):

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
+
+
+@contextmanager
+def bf16_products() -> Generator[None]:
+    """Have matrix products of fp32 on the CPU round what they multiply to bf16."""
+    products = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - made at run time
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def has_bf16_products(device: torch.device, dtype: torch.dtype) -> bool:

@@ -23,7 +23,7 @@ def choice_gains(inner: Tensor, squares: Tensor, chosen: Tensor) -> Tensor:
 
 def choose(logits: Tensor, top_k: int) -> Tensor:
     """`[T, R]`: 1 at the K largest of each row, else 0."""
-    return torch.zeros_like(logits).scatter_(1, logits.topk(top_k, dim=1).indices, 1.0)
+    return torch.zeros_like(logits).scatter_(1, logits.topk(top_k, dim=1, sorted=False).indices, 1.0)
 
 
 def choice_loss(logits: Tensor, gains: Tensor, top_k: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from sparsify.expert_units import units_of_widths
+from sparsify.passes.on_disk import take_rows
 from sparsify.passes.split.cluster import balanced_kmeans
 from sparsify.passes.split.dense_ffn import DenseFFN
 
@@ -23,7 +24,7 @@ _SAMPLE = 1536
 
 def activation_profiles(dense: DenseFFN, x: Tensor) -> Tensor:
     """`[F, T']`: how every neuron deviates from its mean on at most 1536 evenly spaced tokens of `x`, normalised."""
-    hidden = dense.hidden(x[:: -(-len(x) // _SAMPLE)])  # [T', F]
+    hidden = dense.hidden(take_rows(x, torch.arange(0, len(x), -(-len(x) // _SAMPLE))))  # [T', F]
     return functional.normalize((hidden - hidden.mean(0)).t(), dim=1)
 
 
@@ -73,4 +74,3 @@ def choose_by_width(
     clusters = balanced_kmeans(profiles[rest], len(routed), seed, routed)
     own = torch.cat([row[:width] for row, width in zip(clusters, routed, strict=True)])
     return by_importance[:num_neurons], rest[own].view(-1, units_of_widths(routed)[0])
-

@@ -10,6 +10,7 @@ T tokens, D hidden_size, F neurons of all experts, S of them shared, R routed ex
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,15 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsify.passes.on_disk import take_rows
 from sparsify.passes.split.bf16_products import has_bf16_products
 from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
 from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.learning_rate import share_of_rate
+from sparsify.passes.split.statistics import chunks
 from sparsify.routers import UnitRouter
 
 _SMALLEST_BATCH, _LARGEST_BATCH = 256, 512
 _BETAS = (0.8, 0.95)  # of Adam: few steps
+_AHEAD = 4  # steps
 _PASSES = 5  # over the tokens: as far as that larger batches help
 _MOST_PASSES = 8  # more would learn them by heart
 _EXPERT_LEARNING_RATE = 2e-3
@@ -54,24 +58,31 @@ def distill_block(
     batch = min(max(_SMALLEST_BATCH, min(_LARGEST_BATCH, _PASSES * len(x) // max(steps, 1))), len(x))
     steps = min(steps, max(1, _MOST_PASSES * len(x) // batch))
     generator = torch.Generator().manual_seed(seed)
-    scale = 1 / (weight * target.square().sum(1)).mean().clamp(min=torch.finfo(x.dtype).tiny)
+    sizes = torch.cat([part.square().sum(1) for part in chunks(target)])
+    scale = 1 / (weight * sizes).mean().clamp(min=torch.finfo(x.dtype).tiny)
     block = _Block(experts, router)
     groups = [
         {"params": block.own_parameters(), "rate": _EXPERT_LEARNING_RATE},
         {"params": block.router_parameters(), "rate": _ROUTER_LEARNING_RATE},
     ]
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
-    with torch.enable_grad():
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * share_of_rate(step, steps)
-            rows = torch.randint(len(x), (batch,), generator=generator)
-            error = block(x.index_select(0, rows), target.index_select(0, rows))
-            loss = (weight.index_select(0, rows) * error).mean() * scale
+    drawn = (torch.randint(len(x), (batch,), generator=generator) for _ in range(steps))
+    for step, (tokens, wanted, weights) in enumerate(_read_ahead(drawn, x, target, weight)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * share_of_rate(step, steps)
+        with torch.enable_grad():
+            loss = (weights * block(tokens, wanted)).mean() * scale
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+        optimizer.step()
     return block.result()
+
+
+def _read_ahead(drawn: Iterator[Tensor], *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of each step in `columns`; from files, those of several steps at a time."""
+    while rows := list(itertools.islice(drawn, _AHEAD)):
+        taken = [take_rows(column, torch.cat(rows)).split([len(own) for own in rows]) for column in columns]
+        yield from zip(*taken, strict=True)
 
 
 def _bf16_is_faster(x: Tensor, down: Tensor) -> bool:

@@ -7,7 +7,6 @@ one width).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,37 +24,13 @@ from sparsify.passes.split.fit_router import fit_router
 from sparsify.passes.split.fold_mean import fold_mean
 from sparsify.passes.split.prune import prune
 from sparsify.passes.split.refit import refit
+from sparsify.passes.split.sample import Sample
 from sparsify.passes.split.statistics import chunks, importance, measure_neurons
 from sparsify.passes.verify import receipt
 from sparsify.routers import Router, UnitRouter
 
 _RECEIPT_TOKENS = 256  # of each kind: an FFN may be zero on all tokens of a small example
 _CLOSED_FORM_TOKENS = 16_384  # where training on all of them follows
-_HELD_OUT = 10  # every tenth token is kept out of every fit
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Tokens `x` `[T, D]`, the output `target` `[T, D_out]` wanted for them, what an error weighs, and ids if read.
-
-    `weight` `[T]` has the mean 1; `ids` are `[T]`.
-    """
-
-    x: Tensor
-    target: Tensor
-    weight: Tensor
-    ids: Tensor | None = None
-
-    def take(self, chosen: slice) -> Sample:
-        """Some of the tokens."""
-        ids = None if self.ids is None else self.ids[chosen]
-        return Sample(self.x[chosen], self.target[chosen], self.weight[chosen], ids)
-
-    def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Tokens and ids, a manageable number at a time."""
-        parts = list(chunks(self.x))
-        ids = [None] * len(parts) if self.ids is None else list(chunks(self.ids))
-        return zip(parts, ids, strict=True)
 
 
 @dataclass(frozen=True)
@@ -97,10 +72,15 @@ def split_ffn(
     trains = may_fit and config.distill_steps > 0 and config.router_name == "mlp"
     few = _thin(fit) if trains else fit  # what comes before the training only has to begin it
     statistics = measure_neurons(dense, few.x)
-    shared, routed, sizes = _choose(activation_profiles(dense, few.x), importance(dense, statistics), config)
+    profiles = activation_profiles(dense, few.x)
+    trim_heap()
+    shared, routed, sizes = _choose(profiles, importance(dense, statistics), config)
+    del profiles
     mean = statistics.mean[routed.clamp(min=0)]  # [U, m]
     experts = fold_mean(divide_unevenly(dense, shared, routed, sizes), mean)
+    trim_heap()
     router = fit_router(experts, few.x, config, few.ids)
+    trim_heap()
     error = relative_error(experts, router, measured)
     result = SplitResult(
         experts=experts,
@@ -111,10 +91,11 @@ def split_ffn(
         tokens_per_expert=(),
         routed_tokens=len(fit.x),
     )
+    del few
     trim_heap()
     if may_fit and router.rule == "one":
         mean = torch.cat([statistics.mean[shared.clamp(min=0)], mean.flatten()])
-        result = _fit(result, router, mean, fit, few, measured, config, trains=trains)
+        result = _fit(result, router, mean, fit, measured, config, trains=trains)
     router = result.router or router
     return replace(result, tokens_per_expert=tokens_per_expert(result.experts, router, fit))
 
@@ -124,7 +105,6 @@ def _fit(
     router: Router,
     mean: Tensor,
     fit: Sample,
-    few: Sample,
     measured: Sample,
     config: SparsifyConfig,
     *,
@@ -132,9 +112,9 @@ def _fit(
 ) -> SplitResult:
     """Trained experts, or refitted ones where tokens are few, which can be learned by heart, or training fails."""
     trained = _train(folded, router, mean, fit, measured, config) if trains and isinstance(router, UnitRouter) else None
-    if trained is not None and len(fit.x) > len(few.x) and trained.error < folded.error:
+    if trained is not None and len(fit.x) > _CLOSED_FORM_TOKENS and trained.error < folded.error:
         return trained
-    closed = _refit(folded, router, mean, few, measured, config)
+    closed = _refit(folded, router, mean, _thin(fit) if trains else fit, measured, config)
     return closed if trained is None or trained.error >= closed.error else trained
 
 
@@ -145,16 +125,25 @@ def _train(
     experts, trained = distill_block(
         folded.experts, router, fit.x, fit.target, fit.weight, steps=config.distill_steps, seed=config.seed
     )
-    return _refit(replace(folded, experts=experts, router=trained), trained or router, mean, fit, measured, config)
+    trim_heap()
+    started = replace(folded, experts=experts, router=trained)
+    return _refit(started, trained or router, mean, fit, measured, config, may_round=True)
 
 
 def _refit(
-    result: SplitResult, router: Router, mean: Tensor, sample: Sample, measured: Sample, config: SparsifyConfig
+    result: SplitResult,
+    router: Router,
+    mean: Tensor,
+    sample: Sample,
+    measured: Sample,
+    config: SparsifyConfig,
+    *,
+    may_round: bool = False,
 ) -> SplitResult:
     """`mean` is that of the neurons before any training, shared ones first: it only centres."""
-    expert_ids = torch.cat([router(*part)[1] for part in sample.parts()])
+    expert_ids = torch.cat([router(*part)[1].int() for part in sample.parts()])
     tokens = (sample.x, sample.target, sample.weight)
-    experts = refit(result.experts, mean, *tokens, expert_ids, config.ridge)
+    experts = refit(result.experts, mean, *tokens, expert_ids, config.ridge, may_round=may_round)
     trim_heap()
     error = relative_error(experts, router, measured)
     return replace(result, experts=experts, error=error, error_before_refit=result.error)
@@ -189,9 +178,7 @@ def _refit_pruned(
     return replace(result, experts=experts, error=error, error_before_refit=result.error)
 
 
-def _choose(
-    profiles: Tensor, scores: Tensor, config: SparsifyConfig
-) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+def _choose(profiles: Tensor, scores: Tensor, config: SparsifyConfig) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
     """Neurons of the shared experts `[s]` and of the units `[U, m]` of routed ones; units of each, if these differ."""
     if config.expert_widths is None:
         neurons = choose_neurons(profiles, scores, config.num_experts, config.shared, config.seed)
@@ -202,49 +189,7 @@ def _choose(
 
 
 def _thin(sample: Sample) -> Sample:
-    return sample.take(slice(None, None, -(-len(sample.x) // _CLOSED_FORM_TOKENS)))
-
-
-def hold_out(parts: list[Sample]) -> tuple[Sample, Sample]:
-    """Divide into tokens to fit to and tokens to measure on; fewer than ten tokens serve both.
-
-    Args:
-        parts: of the tokens, in their order; emptied, so that no token is held twice.
-    """
-    held = torch.arange(sum(len(part.x) for part in parts)) % _HELD_OUT == _HELD_OUT - 1
-    if len(held) < _HELD_OUT:
-        whole = join(parts)
-        return whole, whole
-    ids = [part.ids for part in parts if part.ids is not None]
-    columns = [[part.x for part in parts], [part.target for part in parts], [part.weight for part in parts]]
-    parts.clear()
-    (x, fit_x), (target, fit_target), (weight, fit_weight) = (_divide(column, held) for column in columns)
-    measured_ids, fit_ids = _divide(ids, held) if ids else (None, None)
-    return Sample(fit_x, fit_target, fit_weight, fit_ids), Sample(x, target, weight, measured_ids)
-
-
-def _divide(column: list[Tensor], held: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that `held` `[T]` keeps out of the fit, and the others; empties `column`."""
-    num_held = int(held.sum())
-    fit = column[0].new_empty(len(held) - num_held, *column[0].shape[1:])
-    measured = column[0].new_empty(num_held, *column[0].shape[1:])
-    first = taken = 0
-    while column:
-        rows = column.pop(0)
-        own = held[first : first + len(rows)]
-        count = int(own.sum())
-        measured[taken : taken + count] = rows[own]
-        fit[first - taken : first - taken + len(rows) - count] = rows[~own]
-        first, taken = first + len(rows), taken + count
-    trim_heap()
-    return measured, fit
-
-
-def join(parts: list[Sample]) -> Sample:
-    """One after the other; ids are those of all or of none."""
-    ids = [part.ids for part in parts if part.ids is not None]
-    x, target, weight = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "target", "weight"))
-    return Sample(x, target, weight, torch.cat(ids) if ids else None)
+    return sample.every(-(-len(sample.x) // _CLOSED_FORM_TOKENS))
 
 
 def count_tokens(expert_ids: Tensor, num_experts: int) -> tuple[int, ...]:
@@ -267,7 +212,8 @@ def relative_error(experts: Experts, router: Router | None, sample: Sample) -> f
 
 def tokens_per_expert(experts: Experts, router: Router, sample: Sample) -> tuple[int, ...]:
     """How many tokens of `sample` each routed expert gets."""
-    return count_tokens(torch.cat([router(*part)[1] for part in sample.parts()]), experts.num_routed)
+    loads = [count_tokens(router(*part)[1], experts.num_routed) for part in sample.parts()]
+    return tuple(map(sum, zip(*loads, strict=True)))
 
 
 def nobody(x: Tensor) -> Tensor:

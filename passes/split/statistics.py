@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify.passes.on_disk import drop_pages
 from sparsify.passes.split.dense_ffn import DenseFFN
 
-_CHUNK = 1024  # tokens at a time: [1024, F] fp32 is 34 MB at F = 8192
+CHUNK = 1024  # tokens at a time: [1024, F] fp32 is 34 MB at F = 8192
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ def measure_neurons(dense: DenseFFN, x: Tensor) -> NeuronStatistics:
 
 def importance(dense: DenseFFN, statistics: NeuronStatistics) -> Tensor:
     """`[F]`: the variance that a neuron adds to the output, var(h) |W_down column|^2 (WIFV, FLAP, arXiv 2312.11983)."""
-    columns = [part.double().square().sum(0) for part in dense.down.weight.split(_CHUNK, dim=1)]  # not all in fp64
+    columns = [part.double().square().sum(0) for part in dense.down.weight.split(CHUNK, dim=1)]  # not all in fp64
     return statistics.variance * torch.cat(columns)
 
 
 def chunks(x: Tensor) -> Iterator[Tensor]:
     """Split `[T, ...]` into pieces that keep the hidden activations small."""
-    return iter(x.split(_CHUNK)) if len(x) else iter(())
+    for part in x.split(CHUNK) if len(x) else ():
+        yield part
+        drop_pages(x)

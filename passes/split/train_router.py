@@ -65,8 +65,12 @@ def train_router(x: Tensor, norms: Tensor, top_k: int, router_hidden_size: int, 
         router_hidden_size: width of the hidden layer.
         seed: of the initial weights and the order of the batches.
     """
-    targets = norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
-    return learn_logits(x, targets, top_k, router_hidden_size, seed, functional.mse_loss)
+    scale = norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
+
+    def loss(logits: Tensor, wanted: Tensor) -> Tensor:
+        return functional.mse_loss(logits, wanted / scale)
+
+    return learn_logits(x, norms, top_k, router_hidden_size, seed, loss)
 
 
 def learn_logits(
@@ -89,13 +93,14 @@ def learn_logits(
         torch.manual_seed(seed)
         router = MLPRouter(x.shape[1], targets.shape[1], top_k, router_hidden_size).to(x.dtype)
     mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-    tokens, generator = (x - mean) / std, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(router.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
     for _ in range(_STEPS):
         batch = torch.randint(len(x), (min(_BATCH, len(x)),), generator=generator)
         with torch.enable_grad():
-            error = loss(router.logits(tokens.index_select(0, batch)), targets.index_select(0, batch))
+            tokens = (x.index_select(0, batch) - mean) / std
+            error = loss(router.logits(tokens), targets.index_select(0, batch))
             optimizer.zero_grad()
             error.backward()
         optimizer.step()

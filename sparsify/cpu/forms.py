@@ -25,6 +25,8 @@ from sparsify.cpu import packed
 from sparsify.cpu.experts import Experts, pick
 from sparsify.kernels.pairs import sort_pairs
 
+_MANY = 512  # tokens: packing gains nothing then in fp32, and oneDNN keeps memory for every number of rows it has seen
+
 Form = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
 
 
@@ -89,7 +91,7 @@ def padded_bmm(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: 
 
 
 def dense_masked(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
-    """The dense layer on packed weights, hidden values times the routing weight of their expert or 0."""
+    """The dense layer, mostly on packed weights, hidden values times the routing weight of their expert or 0."""
     num_experts, width, hidden_size = experts.up_proj.shape
     used = expert_ids >= 0
     mask = x.new_zeros((len(x), num_experts), dtype=torch.float32)
@@ -97,19 +99,24 @@ def dense_masked(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts
 
     def into_hidden(weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = torch.Size((num_experts * width, hidden_size))
-        made = packed.cached(weight, "dense", lambda: packed.pack(weight, flat, 8))
-        return packed.apply(x, made, None if bias is None else bias.reshape(-1))
+        return _dense_product(x, weight, weight, flat, None if bias is None else bias.reshape(-1))
 
     gate = None if experts.gate_proj is None else into_hidden(experts.gate_proj, experts.gate_bias)
     hidden = experts.activate(into_hidden(experts.up_proj, experts.up_bias), gate)
     hidden = (hidden.view(len(x), num_experts, width) * mask.unsqueeze(-1)).to(x.dtype).flatten(1)
     down = experts.down_proj
     flat = torch.Size((down.shape[1], num_experts * width))
-    made = packed.cached(down, "dense", lambda: packed.pack(down.transpose(0, 1), flat, 8))
-    out = packed.apply(hidden, made, None)
+    out = _dense_product(hidden, down, down.transpose(0, 1), flat, None)
     if experts.down_bias is None:
         return out
     return (out.float() + mask @ experts.down_bias.float()).to(x.dtype)
+
+
+def _dense_product(x: Tensor, weight: Tensor, view: Tensor, flat: torch.Size, bias: Tensor | None) -> Tensor:
+    """`[T, D]` by a `view` of `weight`, made `flat` `[N, D]`."""
+    if x.dtype == torch.float32 and len(x) >= _MANY:
+        return functional.linear(x, view.reshape(flat), bias)
+    return packed.apply(x, packed.cached(weight, "dense", lambda: packed.pack(view, flat, 8)), bias)
 
 
 FORMS: Mapping[str, Form] = {

@@ -12,6 +12,7 @@ from sparsify.kernels.reference import ACTIVATIONS
 # tokens, hidden_size, width, out_features, num_experts, top_k: one token, primes, K = 1, K = E, one expert.
 SHAPES = [
     (1, 16, 8, 16, 4, 2), (13, 7, 5, 3, 3, 3), (53, 33, 17, 29, 5, 1), (40, 64, 24, 48, 1, 1), (300, 32, 16, 32, 4, 2),
+    (513, 12, 6, 10, 5, 2),
 ]  # fmt: skip
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 

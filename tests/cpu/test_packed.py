@@ -77,3 +77,12 @@ def test_can_be_forbidden(monkeypatch):
     assert set(available_forms(torch.float32)) >= PACKING
     monkeypatch.setenv("SPARSIFY_NO_PREPACK", "1")
     assert not PACKING & set(available_forms(torch.float32))
+
+
+def test_many_tokens_need_no_packed_copy(make_layer, error_of):
+    """Protects: memory, where packing saves no time and oneDNN keeps something for every number of rows."""
+    layer = make_layer(512, 16, 8, 12, 4, 2)
+    assert error_of(FORMS["dense_masked"](*layer), layer) <= 1e-6
+    assert not packed._cache
+    FORMS["dense_masked"](layer[0][:511], layer[1][:511], layer[2][:511], layer[3])
+    assert len(packed._cache) == 2

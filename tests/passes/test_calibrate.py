@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sparsify.errors import CalibrationError
 from sparsify.passes.calibrate import CalibrationStream, Call, as_call, read_batches
 from sparsify.passes.capture import capture
+from sparsify.passes.on_disk import lies_in_file
 
 
 class Model(nn.Module):
@@ -45,6 +47,21 @@ def test_forms_of_a_batch() -> None:
     assert as_call(((X,), {"mask": MASK})) == Call((X,), {"mask": MASK}, None)
     with pytest.raises(CalibrationError, match="got str"):
         as_call("text")
+
+
+def test_values_in_files(model: Model) -> None:
+    """Protects: the same tokens, whose memory is not that of the process; no copy of a weight for every batch."""
+    xs = [torch.randn(2, length, 3) for length in (4000, 6000)]
+    batches = [as_call(((x,), {"attention_mask": torch.ones(2, x.shape[1])})) for x in xs]
+    graph_module = capture(model, (X,), {"attention_mask": MASK})
+    in_memory, in_files = (CalibrationStream(graph_module, batches, on_disk=on_disk) for on_disk in (False, True))
+    for name in ("linear", "linear_1"):
+        (expected,), (found,) = (run.tokens_at([(name, -1)], "ffn") for run in (in_memory, in_files))
+        assert torch.equal(found, expected)
+        assert lies_in_file(in_files.value(name, 1)) == (sys.platform == "linux")
+    held = [value for environment in in_files._environments for value in environment.values() if lies_in_file(value)]
+    assert not {value.data_ptr() for value in held} & {weight.data_ptr() for weight in model.parameters()}
+    assert all(value.shape[1] in (4000, 6000) for value in held)
 
 
 def test_tokens_in_order_and_without_padding(model: Model) -> None:

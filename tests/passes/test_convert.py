@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -64,6 +65,32 @@ def test_the_target_leads_back_to_the_dense_model(model: nn.Module) -> None:
     assert float((x - dense_x).norm() / dense_x.norm()) > 1e-3  # the first layer did change something
     torch.testing.assert_close(sample.x, x)
     torch.testing.assert_close(r + sample.target, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [Bert(BertConfig()), GPT(GPTConfig())], ids=["post-norm", "pre-norm"])
+def test_tokens_on_disk_change_nothing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: the same weights, bit by bit, wherever tokens are kept."""
+    batches = [torch.randint(0, 256, (rows, 32)) for rows in (8, 24, 16)]  # not in the order of their size
+    results: list[dict[str, Tensor]] = []
+    for on_disk in (False, True):
+        monkeypatch.setattr(module, "_belong_on_disk", lambda *_, on_disk=on_disk: on_disk)
+        graph_module = captured(copy.deepcopy(model))
+        run(graph_module, CONFIG, batches)
+        results.append(graph_module.state_dict())
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_tokens_belong_on_disk_where_they_outweigh_the_model() -> None:
+    """Protects: small models with much text; large ones keep their tokens in memory, which is faster."""
+    graph_module = captured(GPT(GPTConfig()))
+    matches, _ = match_ffn(graph_module)
+    weights = sum(parameter.numel() for parameter in graph_module.parameters())
+    features = read_ffn(graph_module, matches[0]).down.weight.shape[0]
+    few, many = (as_call(IDS.new_zeros(1, weights // (4 * features) + more)) for more in (0, 1))
+    assert not module._belong_on_disk([few], graph_module, matches)
+    assert module._belong_on_disk([many], graph_module, matches) == (sys.platform == "linux")
+    assert not module._belong_on_disk([many], graph_module.to("meta"), matches)
 
 
 class _Parallel(nn.Module):

@@ -1,11 +1,11 @@
-"""`has_bf16_products`: rounding only where it buys speed."""
+"""Products of bf16: only where they buy speed, and only while they are asked for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sparsify.passes.split.bf16_products import has_bf16_products
+from sparsify.passes.split.bf16_products import bf16_products, has_bf16_products
 
 CPU = torch.device("cpu")
 
@@ -21,3 +21,17 @@ def test_needs_an_instruction_and_fp32(capability: str, monkeypatch: pytest.Monk
     assert not has_bf16_products(CPU, torch.float32)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not has_bf16_products(CPU, torch.float32)
+
+
+@pytest.mark.skipif(not has_bf16_products(CPU, torch.float32), reason="no products of bf16 here")
+def test_rounds_until_it_is_left() -> None:
+    """Protects: the precision of everything that comes after, also when it is left by an error."""
+    x, weight = torch.randn(256, 512), torch.randn(384, 512)
+    exact = x.double() @ weight.double().t()
+    error = [float(((x @ weight.t()) - exact).norm() / exact.norm())]
+    with pytest.raises(KeyError), bf16_products():  # noqa: PT012 - what is measured lies before the error
+        error.append(float(((x @ weight.t()) - exact).norm() / exact.norm()))
+        raise KeyError
+    error.append(float(((x @ weight.t()) - exact).norm() / exact.norm()))
+    assert error[0] == error[2] < 1e-5
+    assert 1e-4 < error[1] < 1e-2

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify.passes.split import refit as module
+from sparsify.passes.split.bf16_products import has_bf16_products
 from sparsify.passes.split.dense_ffn import DenseFFN
 from sparsify.passes.split.experts import Experts, divide_unevenly
 from sparsify.passes.split.fold_mean import fold_mean
@@ -91,3 +92,19 @@ def test_a_pull_below_rounding(dense: DenseFFN) -> None:
         fitted = refit(twice, mean, 100 * x, dense(x), ONES, ids, ridge)
         assert fitted.down.isfinite().all()
         assert (fitted(100 * x, ids) - dense(x)).norm() < dense(x).norm()
+
+
+@pytest.mark.skipif(not has_bf16_products(torch.device("cpu"), torch.float32), reason="no products of bf16 here")
+def test_sums_of_rounded_products(dense: DenseFFN) -> None:
+    """Protects: a refit that may round ends as near to what is wanted, to three digits."""
+    neurons, x = torch.randperm(24).view(4, 6), torch.randn(4096, 7)
+    mean = dense.hidden(x).mean(0)[neurons]
+    experts = fold_mean(divide_unevenly(dense, neurons[:0].flatten(), neurons, None), mean)
+    ids = torch.rand(len(x), 4).argsort(1)[:, :2]
+    exact, rounded = (
+        refit(experts, mean.flatten(), x, dense(x), torch.ones(len(x)), ids, ridge=0.1, may_round=may_round)
+        for may_round in (False, True)
+    )
+    assert not torch.equal(exact.down, rounded.down)
+    errors = [float((fitted(x, ids) - dense(x)).norm() / dense(x).norm()) for fitted in (exact, rounded)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
