@@ -28,7 +28,12 @@ _MADV_DONTNEED = 4  # of madvise, in sys/mman.h. What was written to a shared ma
 
 def has_room(size: int) -> bool:
     """Whether files of `size` bytes in all may be written."""
-    return sys.platform == "linux" and shutil.disk_usage(tempfile.gettempdir()).free > _SPARE * size
+    if sys.platform != "linux":
+        return False
+    try:
+        return shutil.disk_usage(tempfile.gettempdir()).free > _SPARE * size
+    except OSError:  # there is no folder for temporary files
+        return False
 
 
 class FileOfRows:
