@@ -121,8 +121,8 @@ class SparsifyConfig:
             state of the dense model, on the calibration tokens; fewer where those are few, and none where held-out
             tokens say that it does not help. 0 leaves the closed form alone.
         ridge: strength of the pull to the old weights in the refit, relative to the mean square of a neuron.
-        max_calibration_tokens: no more calibration batches are read once this many tokens were seen. Where they take more
-            memory than the model, they lie in temporary files (Linux; in `TMPDIR`).
+        max_calibration_tokens: no more calibration batches are read once this many tokens were seen. Where they take
+            more memory than the model, they lie in temporary files (Linux; in `TMPDIR`).
         seed: of the clustering and the training of the routers.
     """
 
