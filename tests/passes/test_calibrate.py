@@ -49,19 +49,32 @@ def test_forms_of_a_batch() -> None:
         as_call("text")
 
 
-def test_values_in_files(model: Model) -> None:
+class WithTable(Model):
+    """A view of a weight is needed after the second layer, when a batch was held back before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(200, 100))
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        view = self.table.t()
+        return super().forward(x, attention_mask) + view.sum()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere tokens stay in memory")
+def test_values_in_files() -> None:
     """Protects: the same tokens, whose memory is not that of the process; no copy of a weight for every batch."""
-    xs = [torch.randn(2, length, 3) for length in (4000, 6000)]
-    batches = [as_call(((x,), {"attention_mask": torch.ones(2, x.shape[1])})) for x in xs]
+    model = WithTable().eval()
+    batches = [as_call(((torch.randn(2, n, 3),), {"attention_mask": torch.ones(2, n)})) for n in (4000, 6000)]
     graph_module = capture(model, (X,), {"attention_mask": MASK})
     in_memory, in_files = (CalibrationStream(graph_module, batches, on_disk=on_disk) for on_disk in (False, True))
     for name in ("linear", "linear_1"):
         (expected,), (found,) = (run.tokens_at([(name, -1)], "ffn") for run in (in_memory, in_files))
         assert torch.equal(found, expected)
-        assert lies_in_file(in_files.value(name, 1)) == (sys.platform == "linux")
-    held = [value for environment in in_files._environments for value in environment.values() if lies_in_file(value)]
-    assert not {value.data_ptr() for value in held} & {weight.data_ptr() for weight in model.parameters()}
-    assert all(value.shape[1] in (4000, 6000) for value in held)
+        assert lies_in_file(in_files.value(name, 1))
+    held = [value for environment in in_files._environments for value in environment.values()]
+    assert any(value.data_ptr() == model.table.data_ptr() for value in held)
+    assert all(value.shape[1] in (4000, 6000) for value in held if lies_in_file(value))
 
 
 def test_tokens_in_order_and_without_padding(model: Model) -> None:
