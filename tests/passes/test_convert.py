@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -25,6 +25,7 @@ from sparsify.passes.normalize_linear import NormalizeLinearPass
 from sparsify.passes.plan import make_plan
 from sparsify.passes.residual import residual_terms, sums_behind
 from sparsify.passes.split.dense_ffn import read_ffn
+from sparsify.passes.split.sample import Part, Sample
 
 CONFIG = SparsifyConfig(num_experts=4, top_k=2, router_hidden_size=8)
 IDS = torch.randint(0, 256, (4, 16))
@@ -91,6 +92,19 @@ def test_tokens_belong_on_disk_where_they_outweigh_the_model() -> None:
     assert not module._belong_on_disk([few], graph_module, matches)
     assert module._belong_on_disk([many], graph_module, matches) == (sys.platform == "linux")
     assert not module._belong_on_disk([many], graph_module.to("meta"), matches)
+
+
+def test_a_converted_layer_is_one_op_while_later_ones_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: the time of a conversion, in which all tokens run through what is converted already."""
+    graph_module, seen, hold_out = captured(GPT(GPTConfig())), [], module.hold_out
+
+    def spy(parts: Iterator[Part], *, on_disk: bool) -> tuple[Sample, Sample]:
+        seen.append(len(graph_module.graph.find_nodes(op="call_function", target=torch.ops.sparsify.moe_ffn.default)))
+        return hold_out(parts, on_disk=on_disk)
+
+    monkeypatch.setattr(module, "hold_out", spy)
+    run(graph_module, CONFIG, [IDS])
+    assert seen == [0, 1]
 
 
 class _Parallel(nn.Module):
