@@ -68,9 +68,9 @@ def test_the_target_leads_back_to_the_dense_model(model: nn.Module) -> None:
     torch.testing.assert_close(r + sample.target, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [Bert(BertConfig()), GPT(GPTConfig())], ids=["post-norm", "pre-norm"])
-def test_tokens_on_disk_change_nothing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_on_disk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: the same weights, bit by bit, wherever tokens are kept."""
+    model = GPT(GPTConfig())
     batches = [torch.randint(0, 256, (rows, 32)) for rows in (8, 24, 16)]  # not in the order of their size
     results: list[dict[str, Tensor]] = []
     for on_disk in (False, True):
