@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -187,9 +187,16 @@ def _size(environment: Mapping[Node, Any]) -> int:
 
 def _move_to_disk(environment: dict[Node, Any], weights: set[int]) -> None:
     """Values that were computed; neither `weights`, by the addresses of their memory, nor views of them."""
-    computed = [(n, value) for n, value in environment.items() if n.op != "placeholder" and type(value) is Tensor]
+    computed = [(node, value) for node, value in environment.items() if node.op != "placeholder" and _is_plain(value)]
     own = [(node, value) for node, value in computed if value.untyped_storage().data_ptr() not in weights]
     environment.update(zip([node for node, _ in own], all_to_disk([value for _, value in own]), strict=True))
+
+
+def _is_plain(value: object) -> TypeGuard[Tensor]:
+    """All of it is in its memory: it is not sparse, of a subclass, or read with another sign."""
+    if type(value) is not Tensor or not value.is_floating_point():
+        return False
+    return value.layout == torch.strided and not value.is_neg()
 
 
 def _read_ids(value: Tensor, mask: Tensor | None) -> Tensor:

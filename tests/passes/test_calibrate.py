@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import CalibrationError
+from sparsify.passes import calibrate as module
 from sparsify.passes.calibrate import CalibrationStream, Call, as_call, read_batches
 from sparsify.passes.capture import capture
 from sparsify.passes.on_disk import lies_in_file
@@ -75,6 +76,16 @@ def test_values_in_files() -> None:
     held = [value for environment in in_files._environments for value in environment.values()]
     assert any(value.data_ptr() == model.table.data_ptr() for value in held)
     assert all(value.shape[1] in (4000, 6000) for value in held if lies_in_file(value))
+
+
+def test_what_is_no_plain_memory_stays_where_it_is() -> None:
+    """Protects: values whose bytes do not say all: complex ones, which may be conjugated lazily, and sparse ones."""
+    x = torch.randn(300, 200)
+    conjugate = torch.complex(x, x).conj()
+    assert conjugate.imag.is_neg()
+    assert module._is_plain(x.t())
+    for value in (conjugate, conjugate.imag, x.to_sparse(), nn.Parameter(x), x.long(), (x, x)):
+        assert not module._is_plain(value)
 
 
 def test_tokens_in_order_and_without_padding(model: Model) -> None:
