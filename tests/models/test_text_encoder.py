@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,6 +43,6 @@ def test_batches_hold_sentences_of_as_many_tokens():
         return {"input_ids": mask.long(), "attention_mask": mask.long()}
 
     masks = [batch["attention_mask"] for batch in sentence_batches(tokenizer, sentences)]
-    first, second = sorted(masks, key=lambda mask: mask.numel())
-    assert first.shape == (64, 126)
-    assert second.sum(1).min() >= first.sum(1).max()
+    masks.sort(key=lambda mask: mask.numel())
+    assert [mask.shape for mask in masks] == [(32, 62), (32, 126), (32, 190), (32, 254)]
+    assert all(longer.sum(1).min() >= shorter.sum(1).max() for shorter, longer in pairwise(masks))
