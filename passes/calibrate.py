@@ -17,11 +17,10 @@ from torch.utils import _pytree as pytree
 
 from sparsify.errors import CalibrationError
 from sparsify.passes.graph_values import floating_leaves, tensor_leaves
-from sparsify.passes.heap import trim_heap
+from sparsify.passes.heap import trim_at_times, trim_heap
 from sparsify.passes.on_disk import all_to_disk, drop_pages
 from sparsify.passes.token_layout import before_flattening
 
-_UNTRIMMED = 8  # batches: to trim after each would cost a third of the time, as fresh pages do
 _MASK = "attention_mask"  # the keyword of Hugging Face tokenizers; 0 marks padding, which no statistic should see
 
 
@@ -165,8 +164,7 @@ class CalibrationStream:
             self._run(todo, environment, last_use, needed)
             if self._on_disk:
                 _move_to_disk(environment, weights)
-            if index % _UNTRIMMED == 0:
-                trim_heap()
+            trim_at_times(index)
         trim_heap()
 
     def _run(

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import sys
 
+_STEPS = 8
 _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
@@ -18,6 +19,12 @@ def trim_heap() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def trim_at_times(step: int) -> None:
+    """Trim at every eighth step: at each it would cost a third of the time of a batch, as fresh pages do."""
+    if step % _STEPS == 0:
+        trim_heap()
 
 
 def give_freed_memory_back() -> None:

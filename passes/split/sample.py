@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.passes.heap import trim_heap
+from sparsify.passes.heap import trim_at_times, trim_heap
 from sparsify.passes.on_disk import FileOfRows, lies_in_file, take_rows
 from sparsify.passes.split.statistics import chunks
 
 _HELD_OUT = 10  # every tenth token is kept out of every fit
-_UNTRIMMED = 8  # parts: rows that are kept lie between others that are not
 _SMALLEST_VARIANCE = 1e-4  # of the hidden state of a token, relative to the mean: a bound for its weight
 
 
@@ -67,8 +66,7 @@ def hold_out(parts: Iterable[Part], *, on_disk: bool = False) -> tuple[Sample, S
         seen += len(part.x)
         fit.append(part, ~held)
         measured.append(part, held)
-        if index % _UNTRIMMED == 0:
-            trim_heap()
+        trim_at_times(index)  # rows that are kept lie between others that are not
     if seen < _HELD_OUT:
         whole = fit.sample(_weights(fit.variance.tensor()))
         return whole, whole

@@ -65,12 +65,8 @@ def train_router(x: Tensor, norms: Tensor, top_k: int, router_hidden_size: int, 
         router_hidden_size: width of the hidden layer.
         seed: of the initial weights and the order of the batches.
     """
-    scale = norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
-
-    def loss(logits: Tensor, wanted: Tensor) -> Tensor:
-        return functional.mse_loss(logits, wanted / scale)
-
-    return learn_logits(x, norms, top_k, router_hidden_size, seed, loss)
+    targets = norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
+    return learn_logits(x, targets, top_k, router_hidden_size, seed, functional.mse_loss)
 
 
 def learn_logits(
