@@ -114,9 +114,17 @@ def _cell(subject: Subject, size: Size, method: Method, key: dict[str, Any]) -> 
 def _train(sparse: SparseModel, subject: Subject, seconds: float, seed: int) -> None:
     """As many steps as fit into the time, by that of the first few, made on a copy. Most text is seen once."""
     batches = [part for batch in subject.calibration(seed, _TRAINED_TEXT) for part in _rows(batch)]
-    trial = distill(copy.deepcopy(sparse), subject.model, batches, steps=_TRIAL_STEPS, seed=seed)
-    steps = max(1, int(seconds * _TRIAL_STEPS / trial.seconds))
-    print(distill(sparse, subject.model, batches, steps=steps, seed=seed), flush=True)
+    ends: list[float] = []
+
+    def note(*_: object) -> None:
+        ends.append(time.perf_counter())
+
+    copied = copy.deepcopy(sparse)
+    trial = distill(copied, subject.model, batches, steps=_TRIAL_STEPS, loss=subject.loss, seed=seed, progress=note)
+    a_step = (ends[-1] - ends[0]) / (len(ends) - 1)
+    beginning = trial.seconds - _TRIAL_STEPS * a_step
+    steps = max(1, int((seconds - beginning) / a_step))
+    print(distill(sparse, subject.model, batches, steps=steps, loss=subject.loss, seed=seed), flush=True)
 
 
 def _rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

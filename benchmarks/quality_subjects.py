@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsify.distill_losses import DistillLoss
 from sparsify.models.dense_model import Batch, call, output_tensor
 from sparsify.models.gpt import GPT, GPTConfig
 from sparsify.models.language_model import perplexity
@@ -41,6 +42,7 @@ class Subject:
         higher_is_better: of the first metric.
         timed: keyword inputs of the call that is timed.
         data: what it is calibrated and judged on, for people.
+        loss: of light training; None for all outputs alike.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Subject:
     higher_is_better: bool
     timed: dict[str, Tensor]
     data: str
+    loss: DistillLoss | None = None
 
 
 def load_subject(name: str, split: Split, eval_text: Path | None) -> Subject:
@@ -91,6 +94,7 @@ def _minilm(split: Split, eval_text: Path | None) -> Subject:
         higher_is_better=True,
         timed={key: value.repeat(4, 4) for key, value in dense.kwargs.items()},  # [8, 64]
         data=f"calibrated on {_SENTENCES:,} sentences, judged on {len(sentences)} of {_judged(split, eval_text)}",
+        loss=dense.loss,
     )
 
 

@@ -42,6 +42,8 @@ class DenseModel:
         held_out: batches that calibration never sees.
         metric: how to score a conversion; None where no task is known.
         data: where the batches come from, for people.
+        loss: how far the outputs of a conversion are from those of the model, for `distill`; None for all of them
+            alike.
     """
 
     name: str
@@ -52,6 +54,7 @@ class DenseModel:
     held_out: list[Batch]
     metric: Metric | None
     data: str
+    loss: Callable[[Any, Any, Batch], Tensor] | None = None
 
 
 def call(function: Callable[..., Any], batch: Batch) -> Any:

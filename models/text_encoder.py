@@ -54,7 +54,20 @@ def text_encoder(name: str, model: nn.Module, tokenizer: Tokenizer, calibration_
         held_out=held_out,
         metric=embedding_spearman(model, held_out),
         data=f"{len(calibration):,} sentences to calibrate ({origin}), {len(unseen):,} held out ({sources})",
+        loss=embedding_loss,
     )
+
+
+def embedding_loss(ours: Any, theirs: Any, batch: Batch) -> Tensor:
+    """Mean squared distance of the sentence embeddings that two models give, whose length is 1; `[]`.
+
+    Args:
+        ours: with `last_hidden_state` [B, S, D].
+        theirs: the same of the other model.
+        batch: with `attention_mask` [B, S].
+    """
+    a, b = (_embedding(outputs["last_hidden_state"], batch) for outputs in (ours, theirs))
+    return (a - b).square().sum(dim=1).mean()
 
 
 def embedding_spearman(dense: Callable[..., Any], batches: list[Batch]) -> Metric:
@@ -104,10 +117,13 @@ def _similarities(function: Callable[..., Any], batches: list[Batch]) -> Any:
 
 
 def _embed(function: Callable[..., Any], batch: Batch) -> Tensor:
-    hidden = output_tensor(call(function, batch), "last_hidden_state").float().cpu()  # [B, S, D]
+    return _embedding(output_tensor(call(function, batch), "last_hidden_state").cpu(), batch)
+
+
+def _embedding(hidden: Tensor, batch: Batch) -> Tensor:
     mask = batch["attention_mask"].unsqueeze(-1)  # [B, S, 1]
     # A sum, for normalising makes the division of a mean irrelevant.
-    return nn.functional.normalize((hidden * mask).sum(dim=1), dim=-1)  # [B, D]
+    return nn.functional.normalize((hidden.float() * mask).sum(dim=1), dim=-1)  # [B, D]
 
 
 def sentence_batches(tokenizer: Tokenizer, sentences: list[str]) -> Iterator[Batch]:

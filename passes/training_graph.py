@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from sparsify.cpu.experts import Experts
 from sparsify.passes.activation import is_view
 from sparsify.passes.find_layers import COMBINE, MOE_FFN
 from sparsify.passes.graph_values import op_name
+from sparsify.passes.masked_experts import MaskedRun, run_masked
 from sparsify.passes.neuron_wise import is_inert
 from sparsify.passes.split.bf16_products import has_bf16_products
 from sparsify.routers import Router
@@ -114,10 +116,17 @@ class TracingInterpreter(Interpreter):
 
     Attributes:
         kept: by name of the node, after a run.
+        masked: of the layers that ran as `run_masked`, by name of the node that adds up their experts.
     """
 
     def __init__(
-        self, graph_module: GraphModule, keep: Sequence[str], *, detach: Sequence[str] = (), rounds: bool = False
+        self,
+        graph_module: GraphModule,
+        keep: Sequence[str],
+        *,
+        detach: Sequence[str] = (),
+        rounds: bool = False,
+        masks: bool = False,
     ) -> None:
         """Prepare to run.
 
@@ -127,10 +136,12 @@ class TracingInterpreter(Interpreter):
             detach: nodes whose readers send no gradient back.
             rounds: run products of fp32 in bf16 on a CPU that is faster at it. What lies between them stays in fp32, as
                 the backward of attention is slow in bf16 there.
+            masks: run layers as `run_masked` where that is faster; all routing weights are 1.
         """
         super().__init__(graph_module)
         self.kept: dict[str, Any] = {}
-        self._keep, self._detach, self._rounds = frozenset(keep), frozenset(detach), rounds
+        self.masked: dict[str, MaskedRun] = {}
+        self._keep, self._detach, self._rounds, self._masks = frozenset(keep), frozenset(detach), rounds, masks
 
     def run_node(self, n: Node) -> Any:
         """Run one node."""
@@ -142,9 +153,20 @@ class TracingInterpreter(Interpreter):
     def _run(self, n: Node) -> Any:
         x = self.env[n.all_input_nodes[0]] if self._rounds and n.target in _PRODUCTS else None
         if x is None or not has_bf16_products(x.device, x.dtype):
-            return super().run_node(n)
+            return self._compute(n)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return super().run_node(n).to(x.dtype)
+            return self._compute(n).to(x.dtype)
+
+    def _compute(self, n: Node) -> Any:
+        if not self._masks or n.target is not MOE_FFN:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x, _, expert_ids, *experts = args
+        found = run_masked(x, expert_ids, Experts(*experts))
+        if found is None:
+            return super().run_node(n)
+        y, self.masked[n.name] = found
+        return y
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def _distilled(sparse: SparseModel, dense: DenseModel, steps: int, stages: Stage
     def progress(done: int, total: int, loss: float) -> None:
         stages("distill", done, total)
 
-    done = distill(sparse, dense.model, dense.calibration(), steps=steps, progress=progress)
+    done = distill(sparse, dense.model, dense.calibration(), steps=steps, loss=dense.loss, progress=progress)
     return dataclasses.replace(sparse.report, notes=(*sparse.report.notes, f"then trained as a whole: {done}"))
 
 

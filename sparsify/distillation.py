@@ -2,9 +2,9 @@
 
 Both models run on the same batches. At every converted FFN the hidden state behind it is compared with that of the
 dense model, token by token and relative to the size of the hidden state. Outputs that the model calls logits are
-compared by the divergence of their probabilities (Hinton, 1503.02531), others as a whole. All weights but those
-of routers follow the gradient of the sum; each router learns which experts its own layer was better off with
-(`passes/split/choice_loss.py`), as chosen ids pass no gradient.
+compared by the divergence of their probabilities (Hinton, 1503.02531), others as a whole, or by a loss of yours. All
+weights but those of routers follow the gradient of the sum; each router learns which experts its own layer was better
+off with (`passes/split/choice_loss.py`), as chosen ids pass no gradient.
 """
 
 from __future__ import annotations
@@ -14,28 +14,23 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
-from torch.nn import functional
 
 from sparsify.distill_checkpoint import load_checkpoint, save_checkpoint
+from sparsify.distill_losses import DistillLoss, layer_losses, output_loss, own_loss
 from sparsify.errors import CalibrationError
-from sparsify.passes.calibrate import Call, flat_inputs, read_batches, select_tokens
+from sparsify.passes.calibrate import Call, flat_inputs, read_batches
 from sparsify.passes.capture import capture
-from sparsify.passes.graph_values import floating_leaves
 from sparsify.passes.normalize_linear import NormalizeLinearPass
-from sparsify.passes.output_change import divergence, find_logits
-from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
 from sparsify.passes.split.learning_rate import share_of_rate
-from sparsify.passes.training_graph import RoutedFFN, TracingInterpreter, expert_outputs, routed_ffns
+from sparsify.passes.training_graph import RoutedFFN, TracingInterpreter, routed_ffns
 from sparsify.routers import UnitRouter
 from sparsify.sparse_model import SparseModel
 
-_ROUTED_TOKENS = 128  # of a layer and step that teach its router: all its experts run for them
-_ROUTED_ROWS = 1 << 13  # of these tokens and experts: fewer tokens where experts are many
 _EVERY = 50  # steps between checkpoints
 _MOST_BATCH_TOKENS = 2**62
 
@@ -50,7 +45,7 @@ class DistillReport:
 
     Attributes:
         losses: of every step of this call: mean over the converted FFNs of the squared error of the hidden state,
-            relative to its size, plus that of the outputs, or the divergence of logits in nats a token.
+            relative to its size, plus that of the outputs, or the divergence of logits in nats a token, or your loss.
         first_step: where it began; above 0 where a checkpoint was resumed.
         seconds: wall-clock time.
     """
@@ -75,6 +70,7 @@ def distill(
     steps: int,
     train: Trained = "experts",
     through: Literal["model", "block"] = "model",
+    loss: DistillLoss | None = None,
     learning_rate: float = 1e-4,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -93,6 +89,10 @@ def distill(
             shares, which takes memory, a third of the learning rate, and can no longer be grafted into `dense`.
         through: "model" lets an error reach the experts of all layers before it; "block" only those of its own layer,
             which needs less memory and time.
+        loss: takes the place of the comparison of the outputs, where what is read off them is known, as the embedding
+            of a sentence: `loss(ours, theirs, batch)` of what the two models return for a batch, as they return it,
+            and the batch as `batches` gives it, to a scalar of about the size of a relative squared error. Hidden
+            states count as ever.
         learning_rate: of the experts, with Adam, rising over a twentieth of the steps, then falling by a square root;
             routers take three times as much.
         seed: of the order of the batches.
@@ -105,7 +105,8 @@ def distill(
 
     Raises:
         TypeError: `sparse` is no graph, as a model that could not be traced as a whole.
-        ValueError: an option is not valid, `dense` is another model, or the checkpoint is of another training.
+        ValueError: an option is not valid, `dense` is another model, `loss` returns no scalar with a gradient, or the
+            checkpoint is of another training.
         CalibrationError: the batches are empty or do not fit the model.
     """
     _check(sparse, steps, train, through, learning_rate)
@@ -113,7 +114,8 @@ def distill(
     reference = _capture(dense, sparse)
     if train == "everything":
         _own_weights(sparse, dense)
-    calls = read_batches(batches, _MOST_BATCH_TOKENS)
+    given = list(batches)
+    numbered = list(enumerate(zip(read_batches(given, _MOST_BATCH_TOKENS), given, strict=True)))
     ffns = routed_ffns(sparse, reference)
     _require_same(ffns, reference)
     groups = _parameters(sparse, train)
@@ -124,6 +126,7 @@ def distill(
     file = None if checkpoint is None else Path(checkpoint)
     names = {id(parameter): name for name, parameter in sparse.named_parameters()}
     settings = f"{steps} steps, train={train}, through={through}, learning_rate={learning_rate}, seed={seed}"
+    settings += "" if loss is None else f", loss={getattr(loss, '__qualname__', type(loss).__name__)}"
     first = 0 if file is None else load_checkpoint(file, optimizer, names, settings)
     trained = [parameter for group in groups for parameter in group]
     before = {id(parameter): parameter.requires_grad for parameter in sparse.parameters()}
@@ -134,10 +137,10 @@ def distill(
         for parameter in trained:
             parameter.requires_grad_(True)
         for step in range(first, steps):
-            index = _order(len(calls), step, seed)
+            batch = numbered[_order(len(numbered), step, seed)]
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * share_of_rate(step, steps)
-            losses.append(_step(sparse, reference, ffns, (index, calls[index]), through, optimizer))
+            losses.append(_step(sparse, reference, ffns, batch, through, loss, optimizer))
             if file is not None and ((step + 1) % _EVERY == 0 or step + 1 == steps):
                 save_checkpoint(file, optimizer, names, step + 1, settings)
             if progress is not None:
@@ -239,16 +242,17 @@ def _step(
     sparse: SparseModel,
     reference: GraphModule,
     ffns: Sequence[RoutedFFN],
-    numbered: tuple[int, Call],
+    numbered: tuple[int, tuple[Call, object]],
     through: str,
+    loss: DistillLoss | None,
     optimizer: torch.optim.Optimizer,
 ) -> float:
-    index, call = numbered
+    index, (call, batch) = numbered
     hidden = [ffn.hidden.name for ffn in ffns]
     teacher = TracingInterpreter(reference, hidden, rounds=True)
     flat = flat_inputs(reference, call, index)
     with torch.no_grad():
-        wanted = floating_leaves(teacher.run(*flat, enable_io_processing=False))
+        wanted = teacher.run(*flat, enable_io_processing=False)
     calls = [ffn.router_call for ffn in ffns]
     inputs = [node.all_input_nodes[0].name for node in calls]
     student = TracingInterpreter(
@@ -256,51 +260,23 @@ def _step(
         [*hidden, *inputs, *(node.name for node in calls)],
         detach=hidden if through == "block" else (),
         rounds=True,
+        masks=True,
     )
     with torch.enable_grad():
-        outputs = floating_leaves(student.run(*flat, enable_io_processing=False))
-        loss, lesson = torch.zeros(()), torch.zeros(())
+        outputs = student.run(*flat, enable_io_processing=False)
+        if loss is None:
+            total = output_loss(reference, outputs, wanted, call.mask)
+        else:
+            returned = (sparse.graph.process_outputs(outputs), reference.graph.process_outputs(wanted))
+            total = own_loss(loss, *returned, batch, has_gradient=through == "model")
+        lesson = torch.zeros(())
         for ffn in ffns:
-            own, of_router = _layer_losses(sparse, ffn, student.kept, teacher.kept[ffn.hidden.name], call)
-            loss, lesson = loss + own / len(ffns), lesson + of_router / len(ffns)
-        for ours, theirs, holds_logits in zip(outputs, wanted, find_logits(reference), strict=True):
-            a, b = (select_tokens(tensor, call.mask).float() for tensor in (ours, theirs))
-            loss = loss + (divergence(b, a) if holds_logits else _relative(a, b))
+            own, of_router = layer_losses(sparse, ffn, student, teacher.kept[ffn.hidden.name], call)
+            total, lesson = total + own / len(ffns), lesson + of_router / len(ffns)
         optimizer.zero_grad()
-        (loss + lesson).backward()
-    value = float(loss.detach())
+        (total + lesson).backward()
+    value = float(total.detach())
     if value != value:  # NaN
         raise CalibrationError("the loss is NaN: a batch leads to values that are not finite, or lower learning_rate")
     optimizer.step()
     return value
-
-
-def _layer_losses(
-    sparse: SparseModel, ffn: RoutedFFN, kept: dict[str, Any], wanted: Tensor, call: Call
-) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the hidden state relative to its size, and what the router has to learn."""
-    axis = sparse.info.covers[ffn.name].down_axis
-    pair = (kept[ffn.hidden.name], wanted)
-    ours, theirs = (select_tokens(hidden.movedim(axis, -1), call.mask).float() for hidden in pair)
-    weight = 1 / theirs.var(1, correction=0).clamp(min=1e-12) / theirs.shape[1]
-    error = theirs - ours  # [T, D_out]
-    loss = (weight * error.square().sum(1)).mean()
-    router = sparse.get_submodule(f"{ffn.name}.router")
-    if not isinstance(router, UnitRouter) or router.top_k == router.num_experts:
-        return loss, loss.new_zeros(())
-    flat = select_tokens(kept[ffn.router_call.all_input_nodes[0].name], call.mask)
-    if len(flat) != len(error):
-        return loss, loss.new_zeros(())
-    taught = max(1, min(_ROUTED_TOKENS, _ROUTED_ROWS // router.num_experts))
-    rows = torch.arange(0, len(flat), -(-len(flat) // taught))
-    x, error, weight = flat.detach()[rows], error.detach()[rows], weight[rows]
-    logits = router.logits(x).float()
-    added = expert_outputs(ffn, x, router.num_experts).float()  # [T, R, D_out]
-    chosen = choose(logits.detach(), router.top_k)
-    gains = choice_gains((added @ error.unsqueeze(2)).squeeze(2), added.square().sum(2), chosen)
-    return loss, (weight * choice_loss(logits, gains, router.top_k)).mean()
-
-
-def _relative(ours: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error relative to the size, over all positions that count."""
-    return functional.mse_loss(ours, wanted) / wanted.square().mean().clamp(min=1e-12)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsify import SparseModel, distill, sparsify
 from sparsify.models.bert import Bert, BertConfig
 from sparsify.models.llama import Llama, LlamaConfig
+from sparsify.models.text_encoder import embedding_loss
 
 
 @pytest.fixture(scope="module", params=["gated decoder", "post-norm encoder"])
@@ -99,12 +100,72 @@ def test_logits_are_compared_as_probabilities(batches: list[Tensor]) -> None:
     assert losses[0] - losses[1] == pytest.approx(float(divergence - relative), rel=1e-3)
 
 
+class _Pooled(nn.Module):
+    """Returns what sentence encoders return, and takes padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = Bert(BertConfig())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {"last_hidden_state": self.model(input_ids) * attention_mask.unsqueeze(2).sign()}
+
+
+def test_a_loss_of_yours_takes_the_place_of_the_outputs(batches: list[Tensor]) -> None:
+    """Protects: it is given what the models return and the batch; its value counts as it is, its gradient trains."""
+    dense = _Pooled().eval()
+    masks = [torch.ones_like(ids).tril(8) for ids in batches]
+    given = [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(batches, masks, strict=True)]
+    example = {name: value[:2, :5] for name, value in given[0].items()}
+    options: dict[str, Any] = {"num_experts": 4, "top_k": 1, "select": "all", "refit": False}
+    sparse = [sparsify(dense, (), example, calibration=given, **options) for _ in range(2)]
+    with torch.no_grad():
+        expected = embedding_loss(sparse[0](**given[0]), dense(**given[0]), given[0])
+    seen: list[float] = []
+
+    def loss(ours: Any, theirs: Any, batch: Any) -> Tensor:
+        assert batch is given[0]
+        value = embedding_loss(ours, theirs, batch)
+        seen.append(value.item())
+        return value
+
+    with_it = distill(sparse[0], dense, given[:1], steps=12, loss=loss)
+    assert seen[0] == pytest.approx(float(expected), rel=1e-4)
+    assert with_it.losses[0] > seen[0]  # hidden states count as well
+    without = distill(sparse[1], dense, given[:1], steps=12, loss=lambda ours, *_: 0 * ours["last_hidden_state"].sum())
+    assert with_it.losses[0] - without.losses[0] == pytest.approx(seen[0], rel=1e-3)
+    with torch.no_grad():
+        ours, others = (float(embedding_loss(model(**given[0]), dense(**given[0]), given[0])) for model in sparse)
+    assert ours < others
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lambda ours, theirs, batch: ours - theirs, r"loss must return a scalar tensor, got a tensor of shape \[8, 32"),
+        (lambda ours, theirs, batch: 0.5, "loss must return a scalar tensor, got float"),
+        (lambda ours, theirs, batch: (ours.detach() - theirs).sum(), "without a gradient.*without detach"),
+    ],
+)
+def test_a_loss_that_cannot_be_followed_is_refused(batches: list[Tensor], loss: Any, reason: str) -> None:
+    """Protects: a clear error before any weight changes."""
+    torch.manual_seed(0)
+    dense = Bert(BertConfig()).eval()
+    sparse = sparsify(dense, batches[0][:2, :5], num_experts=4, top_k=2, select="all")
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    with pytest.raises(ValueError, match=reason):
+        distill(sparse, dense, batches, steps=1, loss=loss)
+    assert not changed(sparse, before)
+
+
 @pytest.mark.parametrize("rows", [1, 1 << 13])
 def test_routers_alone(
     dense: nn.Module, batches: list[Tensor], folder: Path, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protects: train="routers" leaves the experts alone; routers learn even where one token is all that is run."""
-    monkeypatch.setattr("sparsify.distillation._ROUTED_ROWS", rows)
+    monkeypatch.setattr("sparsify.distill_losses._ROUTED_ROWS", rows)
+    monkeypatch.setattr("sparsify.passes.training_graph.run_masked", lambda *_: None)
     sparse = SparseModel.load(folder)
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     distill(sparse, dense, batches, steps=5, train="routers")

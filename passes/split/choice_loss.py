@@ -17,8 +17,25 @@ _TEMPERATURE = 0.3  # of the sigmoid, in logits, whose unit is the mean norm of 
 
 
 def choice_gains(inner: Tensor, squares: Tensor, chosen: Tensor) -> Tensor:
-    """`gain_e` `[T, R]` from `<r, d_e>`, `|d_e|^2` and 1 where e ran, else 0, each `[T, R]`."""
+    """`gain_e` `[T, R]` from `<r, d_e>`, `|d_e|^2` and 1 or True where e ran, else 0, each `[T, R]`."""
     return 2 * inner + torch.where(chosen > 0, squares, -squares)
+
+
+def squared_outputs(hidden: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """`|d_e|^2` of E experts, without their outputs, as they have fewer neurons than outputs.
+
+    Args:
+        hidden: `[E, T, m]`.
+        columns: `[E, m, D_out]`, those of `down_proj`.
+        bias: `[E, D_out]`, or None.
+
+    Returns:
+        `[E, T]`.
+    """
+    squares = (hidden @ (columns @ columns.transpose(1, 2)) * hidden).sum(2)
+    if bias is None:
+        return squares
+    return squares + 2 * (hidden @ (columns @ bias.unsqueeze(2))).squeeze(2) + bias.square().sum(1, keepdim=True)
 
 
 def choose(logits: Tensor, top_k: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from sparsify.passes.on_disk import take_rows
 from sparsify.passes.split.bf16_products import has_bf16_products
-from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
+from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose, squared_outputs
 from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.learning_rate import share_of_rate
@@ -158,7 +158,7 @@ class _Block(nn.Module):
 
     @torch.no_grad()
     def _gains(self, routed: Tensor, error: Tensor, chosen: Tensor) -> Tensor:
-        """`[T, R]`; `routed` is `[T, U * m]`. |d_e|^2 comes from the products of an expert's columns."""
+        """`[T, R]`; `routed` is `[T, U * m]`."""
         routed = routed.unflatten(1, (-1, self.size))  # [T, U, m]
         down = self.down[self.num_shared :]  # [U * m, D_out]
         by_unit = (routed * (error @ down.t()).view_as(routed)).sum(2).to(error.dtype)
@@ -166,9 +166,8 @@ class _Block(nn.Module):
         columns = down.view(self.num_units, self.size, -1)
         squares = chosen.new_empty(len(self.expert_bias), len(chosen))
         for experts, by_expert, own in self._by_width(routed, columns):
-            found = (by_expert @ (own @ own.transpose(1, 2)) * by_expert).sum(2)
-            squares[experts] = found + 2 * (by_expert @ (own @ self.expert_bias[experts].unsqueeze(2))).squeeze(2)
-        return choice_gains(inner, squares.t() + self.expert_bias.square().sum(1), chosen)
+            squares[experts] = squared_outputs(by_expert, own, self.expert_bias[experts]).to(squares.dtype)
+        return choice_gains(inner, squares.t(), chosen)
 
     def _by_width(self, routed: Tensor, columns: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
         """The n experts of each width, their neurons `[n, T, w]` and columns `[n, w, D_out]`.

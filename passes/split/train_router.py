@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsify.passes.split.choice_loss import squared_outputs
 from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.statistics import chunks
 from sparsify.routers import MLPRouter
@@ -28,15 +29,8 @@ def expert_norms(experts: Experts, x: Tensor) -> Tensor:
 
 
 def _norms_of_units(experts: Experts, x: Tensor) -> Tensor:
-    """By the m x m products of an expert's columns, which is less work than its outputs where m is below D_out."""
     hidden = experts.hidden(x).transpose(0, 1)  # [U, T, m]
-    columns = experts.down.transpose(1, 2) @ experts.down  # [U, m, m]
-    squares = (hidden @ columns * hidden).sum(2)  # [U, T]
-    bias = experts.expert_bias
-    if bias is not None:
-        squares += (hidden @ (bias.unsqueeze(1) @ experts.down * 2).transpose(1, 2)).squeeze(2)
-        squares += bias.square().sum(1, keepdim=True)
-    return squares.t().clamp(min=0).sqrt()
+    return squared_outputs(hidden, experts.down.transpose(1, 2), experts.expert_bias).t().clamp(min=0).sqrt()
 
 
 def _norms(experts: Experts, x: Tensor) -> Tensor:

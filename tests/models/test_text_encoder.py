@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.models.text_encoder import retrieval_agreement, sentence_batches
+from sparsify.models.text_encoder import embedding_loss, retrieval_agreement, sentence_batches
 
 
 def batch(rows: int) -> dict[str, Tensor]:
@@ -29,6 +29,20 @@ def test_retrieval_agreement_is_one_for_the_model_itself_and_chance_for_another(
     assert metric.evaluate(model(3 * table)) == 1
     assert metric.evaluate(model(noise_in_padding)) == 1
     assert 0.02 < metric.evaluate(model(other)) < 0.25  # 10 of 99 by chance
+
+
+def test_embedding_loss_is_the_squared_distance_of_unit_vectors():
+    """Padding and scale do not count, and its gradient is that of the first model."""
+    hidden = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0))
+    moved = (3 * hidden).index_fill(1, torch.tensor([2]), 100.0).requires_grad_()
+    loss = embedding_loss({"last_hidden_state": moved}, {"last_hidden_state": hidden}, batch(4))
+    assert abs(float(loss)) < 1e-6
+    opposite = embedding_loss({"last_hidden_state": -hidden}, {"last_hidden_state": hidden}, batch(4))
+    assert abs(float(opposite) - 4) < 1e-5
+    (gradient,) = torch.autograd.grad(
+        embedding_loss(*({"last_hidden_state": h} for h in (moved, -hidden)), batch(4)), moved
+    )
+    assert not gradient[:, 2].any()
 
 
 def test_batches_hold_sentences_of_as_many_tokens():

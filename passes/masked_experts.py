@@ -1,0 +1,77 @@
+"""A layer of many small experts in training: products over all neurons, those of experts not chosen set to zero.
+
+Autograd sees plain ops, so it keeps the neurons, and a router can learn from them what each choice was worth.
+T tokens, D hidden_size, D_out output features, E num_experts, I neurons of one expert, F = E * I.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsify.cpu.backward import masking_pays
+from sparsify.cpu.experts import Experts
+from sparsify.kernels.reference import ACTIVATIONS
+from sparsify.passes.split.choice_loss import choice_gains, squared_outputs
+
+
+@dataclass(frozen=True)
+class MaskedRun:
+    """What such a layer computed, without gradients.
+
+    Attributes:
+        hidden: `[T, E, I]`, the neurons of all experts.
+        chosen: `[T, E]`, which of them ran, bool.
+        experts: whose they are.
+    """
+
+    hidden: Tensor
+    chosen: Tensor
+    experts: Experts
+
+    @torch.no_grad()
+    def gains(self, error: Tensor, rows: Tensor) -> Tensor:
+        """See `choice_gains`: `[n, E]` fp32 for n of the tokens and the error `[n, D_out]` that is left of them."""
+        # Neurons that were computed in bf16 are multiplied in it.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.hidden.dtype == torch.bfloat16):
+            return self._gains(error, self.hidden[rows], self.chosen[rows]).float()
+
+    def _gains(self, error: Tensor, hidden: Tensor, chosen: Tensor) -> Tensor:
+        columns, bias = self.experts.down_proj.transpose(1, 2), self.experts.down_bias  # [E, I, D_out]
+        inner = ((error @ columns.flatten(0, 1).t()).view_as(hidden) * hidden).sum(2)
+        inner = inner if bias is None else inner + error @ bias.t()
+        return choice_gains(inner, squared_outputs(hidden.transpose(0, 1), columns, bias).t(), chosen)
+
+
+def run_masked(x: Tensor, expert_ids: Tensor, experts: Experts) -> tuple[Tensor, MaskedRun] | None:
+    """The output `[T, D_out]` of a layer whose routing weights are all 1, differentiable in tokens and experts.
+
+    Args:
+        x: `[T, D]`.
+        expert_ids: `[T, K]` int64, different ones for each token; -1 is a slot that is not used.
+        experts: of the layer.
+
+    Returns:
+        None where the experts one after another are faster, and on other devices than a CPU.
+    """
+    if x.device.type != "cpu" or not masking_pays(x, expert_ids, experts):
+        return None
+    num_experts, width, _ = experts.up_proj.shape
+    by_expert = torch.zeros(len(x), num_experts + 1, dtype=torch.bool).scatter_(1, expert_ids + 1, value=True)
+    chosen = by_expert[:, 1:]  # without the slots that are not used
+    up = _projected(x, experts.up_proj, experts.up_bias)
+    gate = None if experts.gate_proj is None else _projected(x, experts.gate_proj, experts.gate_bias)
+    act = ACTIVATIONS[experts.activation]
+    hidden = (act(up) if gate is None else act(gate) * up).unflatten(1, (num_experts, width))
+    running = hidden.masked_fill(~chosen.unsqueeze(2), 0).flatten(1)
+    y = running @ experts.down_proj.transpose(1, 2).flatten(0, 1)
+    y = y if experts.down_bias is None else y + chosen.to(x.dtype) @ experts.down_bias
+    return y, MaskedRun(hidden.detach(), chosen, experts)
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`[T, D]` to `[T, F]`."""
+    return functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())

@@ -1,0 +1,74 @@
+"""`run_masked`: many small experts in wide products give what the op gives, its gradients, and exact gains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify.cpu.experts import Experts
+from sparsify.kernels.reference import moe_ffn_backward_reference, moe_ffn_reference
+from sparsify.passes.masked_experts import MaskedRun, run_masked
+from sparsify.passes.split.choice_loss import choice_gains
+
+E, WIDTH, D, D_OUT = 5, 3, 7, 11
+
+
+def make(*, gated: bool, biased: bool, activation: str = "gelu") -> Experts:
+    shapes = [(E, WIDTH, D), (E, WIDTH)] * 2 + [(E, D_OUT, WIDTH), (E, D_OUT)]
+    tensors: list[Tensor | None] = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    if not gated:
+        tensors[2:4] = [None, None]
+    if not biased:
+        tensors[1::2] = [None] * 3
+    return Experts(*tensors, activation)  # type: ignore[arg-type]
+
+
+def ids_of(tokens: int, top_k: int) -> Tensor:
+    return torch.rand(tokens, E).topk(top_k).indices
+
+
+def run(x: Tensor, ids: Tensor, experts: Experts) -> tuple[Tensor, MaskedRun]:
+    found = run_masked(x, ids, experts)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(13, 2), (1, 1), (0, 2), (13, E)])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_it_is_the_op(tokens: int, top_k: int, activation: str, gated: bool, biased: bool) -> None:
+    """Protects: output and every gradient, against the experts one after another in fp64."""
+    experts = make(gated=gated, biased=biased, activation=activation)
+    x, ids = torch.randn(tokens, D).double(), ids_of(tokens, top_k)
+    if top_k > 1:
+        ids[::2, 0] = -1  # slots that are not used
+    ones, grad = torch.ones(ids.shape, dtype=x.dtype), torch.randn(tokens, D_OUT, dtype=x.dtype)
+    y, _ = run(x.requires_grad_(), ids, experts)
+    torch.testing.assert_close(y, moe_ffn_reference(x, ones, ids, *experts))
+    tensors = [x, *(tensor for tensor in experts[:6] if tensor is not None)]
+    needs = [tensor is not None for tensor in (x, None, None, *experts[:6])]
+    wanted = moe_ffn_backward_reference(grad, x, ones, ids, *experts, needs)
+    expected = [gradient for gradient, needed in zip(wanted, needs, strict=True) if needed]
+    for found, reference in zip(torch.autograd.grad(y, tensors, grad), expected, strict=True):
+        torch.testing.assert_close(found, reference)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_gains_are_those_of_running_an_expert(biased: bool) -> None:
+    """Protects: the lesson of the router: what an expert adds, whether it ran or not, for the rows that are asked."""
+    experts, x, ids = make(gated=True, biased=biased), torch.randn(9, D).double(), ids_of(9, 2)
+    rows, error = torch.tensor([1, 4, 8]), torch.randn(3, D_OUT).double()
+    _, found = run(x, ids, experts)
+    alone = [moe_ffn_reference(x, torch.ones(9, 1).double(), torch.full((9, 1), e), *experts) for e in range(E)]
+    added = torch.stack(alone, dim=1)[rows].detach()  # [n, E, D_out]
+    chosen = torch.zeros(9, E).scatter_(1, ids, 1.0)[rows]
+    expected = choice_gains((added @ error.unsqueeze(2)).squeeze(2), added.square().sum(2), chosen)
+    torch.testing.assert_close(found.gains(error, rows), expected.float())
+
+
+def test_few_large_experts_run_as_the_op() -> None:
+    """Protects: skipping stays where it pays."""
+    experts = Experts(torch.randn(8, 512, 64), None, None, None, torch.randn(8, 64, 512), None, "relu")
+    assert run_masked(torch.randn(4096, 64), torch.zeros(4096, 1, dtype=torch.int64), experts) is None
