@@ -54,7 +54,7 @@ from sparsify.passes.verify_onnx import (
     compare_file,
     quantization_error,
     refuse_random,
-    verify_onnx,
+    verify_written,
 )
 from sparsify.sparse_model import SparseModel
 
@@ -236,7 +236,7 @@ def export_onnx(
         write_model(model, staging / path.name)
         if dense is not None and dense_path is not None:
             _export_dense(dense, sparse, staging / dense_path.name, opset, names, verify)
-        parity = verify_onnx(sparse, staging / path.name, dense) if verify else None
+        parity = verify_written(sparse, staging / path.name, originals or {}) if verify else None
         quantized = None
         if quantize_experts is not None:
             quantized = _quantize(model, sparse, staging / path.name, quantize_experts, target, layers, verify)

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,13 +108,25 @@ def verify_onnx(sparse: SparseModel, path: str | Path, dense: nn.Module | None =
         OSError: the file cannot be read.
         ImportError: onnxruntime is not installed.
     """
+    return _verify(sparse, Path(path), lambda layers: _originals(sparse, layers, dense))
+
+
+def verify_written(sparse: SparseModel, path: Path, originals: Mapping[str, Mapping[str, Tensor]]) -> OnnxParity:
+    """`verify_onnx` where the `original_weights` of the layers are known, as in an export."""
+    return _verify(sparse, path, lambda _: originals)
+
+
+def _verify(
+    sparse: SparseModel,
+    path: Path,
+    originals_of: Callable[[Sequence[FileLayer]], Mapping[str, Mapping[str, Tensor]]],
+) -> OnnxParity:
     require_runtime()
-    path = Path(path)
     proto, flat = _load(path), flat_model(sparse)
     file_layers, layers = read_layers(proto), find_layers(flat.root, flat.graph)
     _check_layers(path, layers, file_layers)
     if deviates(file_layers, layers):
-        flat = as_written(sparse, file_layers, _originals(sparse, file_layers, dense))
+        flat = as_written(sparse, file_layers, originals_of(file_layers))
     return _compare(flat, path, proto)
 
 

@@ -105,14 +105,14 @@ def _lesson(
     x = student.kept[ffn.router_call.all_input_nodes[0].name].detach()
     places = torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
     places, x = select_tokens(places, mask).flatten(), x.flatten(0, -2)
-    if len(places) != len(error):
+    if len(places) != len(error) or not len(error):
         return error.new_zeros(())
     run = student.masked.get(ffn.mixed.name)
     if run is not None and run.chosen.shape[1] != router.num_experts:
         run = None  # experts of several widths run as units
-    taught = _ROUTED_TOKENS if run is None else -(-len(error) // _MASKED_SHARE)
-    taught = min(taught, _ROUTED_ROWS // router.num_experts) if run is None else taught
-    rows = torch.arange(0, len(error), -(-len(error) // max(1, taught)), device=x.device)
+    few = min(_ROUTED_TOKENS, _ROUTED_ROWS // router.num_experts)
+    taught = max(1, few if run is None else len(error) // _MASKED_SHARE)
+    rows = torch.arange(0, len(error), -(-len(error) // taught), device=x.device)
     error, weight, places = error[rows], weight[rows], places[rows]
     logits = router.logits(x[places]).float()
     gains = _gains_of_outputs(ffn, router, x[places], error, logits) if run is None else run.gains(error, places)

@@ -71,7 +71,7 @@ def distill(
     train: Trained = "experts",
     through: Literal["model", "block"] = "model",
     loss: DistillLoss | None = None,
-    learning_rate: float = 1e-4,
+    learning_rate: float = 5e-5,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: DistillProgress | None = None,

@@ -22,6 +22,7 @@ from sparsify.passes import export_onnx as stage
 from sparsify.passes.export_onnx import export_onnx
 from sparsify.passes.lower_onnx import write_files
 from sparsify.passes.lower_onnx.lowerings import Lowering, Target
+from sparsify.passes.verify_onnx import verify_onnx
 from sparsify.sparse_model import SparseModel
 
 Make = Callable[..., SparseModel]
@@ -107,7 +108,7 @@ def test_opset_and_names(sparse_layer: Make, tmp_path: Path, opset: int) -> None
         assert list(_axes(model.graph.input)) == ["tokens"]
         assert list(_axes(model.graph.output)) == ["hidden"]
         assert next(entry.version for entry in model.opset_import if entry.domain == "") == opset
-    assert stage.verify_onnx(sparse, path).max_relative_error <= 1e-5
+    assert verify_onnx(sparse, path).max_relative_error <= 1e-5
 
 
 def test_handles_a_router_of_its_own(sparse_layer: Make, skipping_router: Any, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_keeps_no_file_that_is_wrong(sparse_layer: Make, tmp_path: Path, monkeyp
     assert os.listdir(tmp_path) == ["model.onnx"]
 
 
-@pytest.mark.parametrize("interrupted", ["trace_onnx", "verify_onnx"])
+@pytest.mark.parametrize("interrupted", ["trace_onnx", "verify_written"])
 def test_an_interrupt_leaves_the_old_file(
     sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
 ) -> None:
@@ -284,7 +285,7 @@ def test_an_interrupt_between_two_files(sparse_layer: Make, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         export_onnx(sparse_layer(hidden=32), path)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
-    assert stage.verify_onnx(old, path).max_relative_error <= 1e-5
+    assert verify_onnx(old, path).max_relative_error <= 1e-5
 
 
 def test_large_weights_go_outside(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +296,7 @@ def test_large_weights_go_outside(sparse_layer: Make, tmp_path: Path, monkeypatc
     report = export_onnx(sparse, path)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
     assert report.file_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert stage.verify_onnx(sparse, path).max_relative_error <= 1e-5
+    assert verify_onnx(sparse, path).max_relative_error <= 1e-5
 
 
 @pytest.mark.parametrize("tampering", ["escape", "absolute", "missing", "truncated"])
@@ -321,7 +322,7 @@ def test_refuses_external_data_that_was_tampered_with(
     else:
         data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(ExportError, match=r"onnxruntime .* cannot load"):
-        stage.verify_onnx(sparse, report.path)
+        verify_onnx(sparse, report.path)
 
 
 def test_works_without_onnxruntime(sparse_layer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
