@@ -37,10 +37,11 @@ class MaskedRun:
         """See `choice_gains`: `[n, E]` fp32 for n of the tokens and the error `[n, D_out]` that is left of them."""
         # Neurons that were computed in bf16 are multiplied in it.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.hidden.dtype == torch.bfloat16):
-            return self._gains(error, self.hidden[rows], self.chosen[rows]).float()
+            return self._gains(error.float(), self.hidden[rows].float(), self.chosen[rows]).float()
 
     def _gains(self, error: Tensor, hidden: Tensor, chosen: Tensor) -> Tensor:
-        columns, bias = self.experts.down_proj.transpose(1, 2), self.experts.down_bias  # [E, I, D_out]
+        columns, bias = self.experts.down_proj.transpose(1, 2).float(), self.experts.down_bias  # [E, I, D_out]
+        bias = None if bias is None else bias.float()
         inner = ((error @ columns.flatten(0, 1).t()).view_as(hidden) * hidden).sum(2)
         inner = inner if bias is None else inner + error @ bias.t()
         return choice_gains(inner, squared_outputs(hidden.transpose(0, 1), columns, bias).t(), chosen)

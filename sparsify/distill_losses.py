@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from sparsify.passes.calibrate import Call, select_tokens
-from sparsify.passes.graph_values import floating_leaves
+from sparsify.passes.graph_values import floating_leaves, tensor_leaves
 from sparsify.passes.output_change import divergence, find_logits
 from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose
 from sparsify.passes.training_graph import RoutedFFN, TracingInterpreter, expert_outputs
@@ -43,15 +43,16 @@ def output_loss(reference: GraphModule, ours: Any, theirs: Any, mask: Tensor | N
     return loss
 
 
-def own_loss(loss: DistillLoss, ours: Any, theirs: Any, batch: Any, *, has_gradient: bool) -> Tensor:
-    """Of a function that a user gave, on outputs as the models return them.
+def own_loss(loss: DistillLoss, ours: Any, theirs: Any, batch: Any) -> Tensor:
+    """Of a function that a user gave, on outputs as the models return them; `[]`.
 
     Raises:
-        ValueError: it returns no scalar, or one that lost its gradient.
+        ValueError: it returns no scalar, or one without the gradient that the outputs have.
     """
     value = loss(ours, theirs, batch)
     _require_scalar(value)
-    if has_gradient and not value.requires_grad:
+    # Outputs have none where routers alone are trained, or every block by itself.
+    if not value.requires_grad and any(tensor.requires_grad for tensor in tensor_leaves(ours)):
         raise ValueError(
             "loss returned a tensor without a gradient; compute it from the outputs of the converted model, its first "
             "argument, without detach() or no_grad()"

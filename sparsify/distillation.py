@@ -268,7 +268,7 @@ def _step(
             total = output_loss(reference, outputs, wanted, call.mask)
         else:
             returned = (sparse.graph.process_outputs(outputs), reference.graph.process_outputs(wanted))
-            total = own_loss(loss, *returned, batch, has_gradient=through == "model")
+            total = own_loss(loss, *returned, batch)
         lesson = torch.zeros(())
         for ffn in ffns:
             own, of_router = layer_losses(sparse, ffn, student, teacher.kept[ffn.hidden.name], call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,10 @@ class _Pooled(nn.Module):
 
 
 def test_a_loss_of_yours_takes_the_place_of_the_outputs(batches: list[Tensor]) -> None:
-    """Protects: it is given what the models return and the batch; its value counts as it is, its gradient trains."""
+    """Protects: it is given what the models return and the batch; its value counts as it is, its gradient trains.
+
+    Where no gradient reaches the outputs it is no error.
+    """
     dense = _Pooled().eval()
     masks = [torch.ones_like(ids).tril(8) for ids in batches]
     given = [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(batches, masks, strict=True)]
@@ -130,6 +134,8 @@ def test_a_loss_of_yours_takes_the_place_of_the_outputs(batches: list[Tensor]) -
         seen.append(value.item())
         return value
 
+    distill(copy.deepcopy(sparse[0]), dense, given[:1], steps=1, loss=embedding_loss, train="routers")
+    distill(copy.deepcopy(sparse[0]), dense, given[:1], steps=1, loss=embedding_loss, through="block")
     with_it = distill(sparse[0], dense, given[:1], steps=12, loss=loss)
     assert seen[0] == pytest.approx(float(expected), rel=1e-4)
     assert with_it.losses[0] > seen[0]  # hidden states count as well
