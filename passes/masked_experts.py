@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sparsify.cpu.backward import masking_pays
-from sparsify.cpu.experts import Experts
+from sparsify.cpu.experts import Experts, project_all
 from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.passes.split.choice_loss import choice_gains, squared_outputs
 
@@ -63,16 +62,11 @@ def run_masked(x: Tensor, expert_ids: Tensor, experts: Experts) -> tuple[Tensor,
     num_experts, width, _ = experts.up_proj.shape
     by_expert = torch.zeros(len(x), num_experts + 1, dtype=torch.bool).scatter_(1, expert_ids + 1, value=True)
     chosen = by_expert[:, 1:]  # without the slots that are not used
-    up = _projected(x, experts.up_proj, experts.up_bias)
-    gate = None if experts.gate_proj is None else _projected(x, experts.gate_proj, experts.gate_bias)
+    up = project_all(x, experts.up_proj, experts.up_bias)
+    gate = None if experts.gate_proj is None else project_all(x, experts.gate_proj, experts.gate_bias)
     act = ACTIVATIONS[experts.activation]
     hidden = (act(up) if gate is None else act(gate) * up).unflatten(1, (num_experts, width))
     running = hidden.masked_fill(~chosen.unsqueeze(2), 0).flatten(1)
     y = running @ experts.down_proj.transpose(1, 2).flatten(0, 1)
     y = y if experts.down_bias is None else y + chosen.to(x.dtype) @ experts.down_bias
     return y, MaskedRun(hidden.detach(), chosen, experts)
-
-
-def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[T, D]` to `[T, F]`."""
-    return functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())

@@ -253,11 +253,10 @@ def _step(
     flat = flat_inputs(reference, call, index)
     with torch.no_grad():
         wanted = teacher.run(*flat, enable_io_processing=False)
-    calls = [ffn.router_call for ffn in ffns]
-    inputs = [node.all_input_nodes[0].name for node in calls]
+    inputs = [ffn.router_call.all_input_nodes[0].name for ffn in ffns]
     student = TracingInterpreter(
         sparse,
-        [*hidden, *inputs, *(node.name for node in calls)],
+        [*hidden, *inputs],
         detach=hidden if through == "block" else (),
         rounds=True,
         masks=True,

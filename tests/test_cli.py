@@ -18,10 +18,14 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from sparsify import SparsifyConfig, bench
 from sparsify.cli import app
+from sparsify.cli_steps import convert_model
+from sparsify.console import show_stages
+from sparsify.models.dense_model import DenseModel
 from sparsify.sparse_model import SparseModel
 
 ROOT = Path(__file__).parent.parent
@@ -314,6 +318,25 @@ def test_a_trained_conversion_says_so_and_keeps_its_promises(tmp_path):
     weights, trained = (load_file(folder / "model.safetensors") for folder in (tmp_path / "plain", out))
     assert any(not torch.equal(weights[name], trained[name]) for name in weights)
     assert json.loads(run("verify", out, "--json").stdout)["kept"]
+
+
+def test_training_follows_the_loss_of_the_model():
+    """What is read off the outputs of a model is what its conversion is trained to keep."""
+    torch.manual_seed(0)
+    ffn = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    batches = [torch.randn(4, 8, 16) for _ in range(3)]
+    seen: list[Tensor] = []
+
+    def loss(ours: Tensor, theirs: Tensor, batch: Tensor) -> Tensor:
+        seen.append(batch)
+        return (ours - theirs).square().mean()
+
+    dense = DenseModel("tiny", ffn, (batches[0],), {}, lambda: iter(batches), [], None, "", loss)
+    config = SparsifyConfig(num_experts=4, top_k=1, select="all")
+    with show_stages() as stages:
+        convert_model(dense, config, 2, calibrates=True, stages=stages)
+    assert len(seen) == 2
+    assert all(any(batch is each for each in batches) for batch in seen)
 
 
 def test_files_of_others_are_not_overwritten(tmp_path):

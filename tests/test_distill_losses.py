@@ -36,9 +36,7 @@ def test_both_ways_teach_a_router_the_same(widths: tuple[int, ...] | None, monke
     monkeypatch.setattr("sparsify.distill_losses._ROUTED_TOKENS", 10**6)
     dense = _Padded().eval()
     batch = {"input_ids": torch.randint(0, 256, (4, 9)), "attention_mask": torch.ones(4, 9).tril(3).long()}
-    more: dict[str, Any] = (
-        {"num_experts": 4} if widths is None else {"expert_widths": widths, "num_experts": len(widths)}
-    )
+    more: dict[str, Any] = {"num_experts": len(widths or range(4)), "expert_widths": widths}
     sparse = sparsify(dense, (), batch, top_k=2, num_shared_experts=0, select="all", **more)
     reference = NormalizeLinearPass()(capture(dense, (), batch)).graph_module
     call, ffns = as_call(batch), routed_ffns(sparse, reference)

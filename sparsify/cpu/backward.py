@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from sparsify.cpu.experts import Experts
+from sparsify.cpu.experts import Experts, project_all
 from sparsify.kernels.reference import ACTIVATION_BACKWARDS, ACTIVATIONS, moe_ffn_backward_reference
 
 _EXPERT_MACS = 4e7  # multiply-adds that take as long as starting the products of one more expert
@@ -72,8 +71,8 @@ def dense_masked_backward(
     def mask(by_neuron: Tensor) -> Tensor:  # no product with 0, as a value may be infinite
         return by_neuron.view(shape).masked_fill_(skipped, 0).flatten(1)
 
-    up = _projected(x, up_proj, up_bias)
-    gate = None if gate_proj is None else _projected(x, gate_proj, gate_bias)
+    up = project_all(x, up_proj, up_bias)
+    gate = None if gate_proj is None else project_all(x, gate_proj, gate_bias)
     d_hidden = grad @ down_proj.transpose(1, 2).flatten(0, 1).t()  # [T, F], without the routing weight
     hidden, *d_rows = (mask(rows) for rows in _through_activation(activation, weigh(d_hidden), up, gate))
     projections = [(up_proj, 3)] if gate_proj is None else [(up_proj, 3), (gate_proj, 5)]  # and place of its gradient
@@ -96,11 +95,6 @@ def dense_masked_backward(
     if needs[8]:
         grads[8] = (shares.t() @ grad.to(wide)).to(x.dtype)
     return grads
-
-
-def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[T, D]` to `[T, F]`."""
-    return functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
 
 
 def _through_activation(activation: str, d_hidden: Tensor, up: Tensor, gate: Tensor | None) -> tuple[Tensor, ...]:

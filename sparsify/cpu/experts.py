@@ -48,3 +48,8 @@ def _double(tensor: Tensor | None) -> Tensor | None:
 def pick(bias: Tensor | None, e: int) -> Tensor | None:
     """`[E, N]` to `[N]`, where there is one."""
     return None if bias is None else bias[e]
+
+
+def project_all(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By all experts at once: `[T, D]` to `[T, E * I]`."""
+    return functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())

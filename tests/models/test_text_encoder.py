@@ -39,8 +39,9 @@ def test_embedding_loss_is_the_squared_distance_of_unit_vectors():
     assert abs(float(loss)) < 1e-6
     opposite = embedding_loss({"last_hidden_state": -hidden}, {"last_hidden_state": hidden}, batch(4))
     assert abs(float(opposite) - 4) < 1e-5
-    loss = embedding_loss({"last_hidden_state": moved}, {"last_hidden_state": -hidden}, batch(4))
+    loss = embedding_loss({"last_hidden_state": moved}, {"last_hidden_state": hidden.flip(0)}, batch(4))
     (gradient,) = torch.autograd.grad(loss, moved)
+    assert gradient[:, :2].any(dim=2).all()
     assert not gradient[:, 2].any()
 
 
