@@ -26,7 +26,7 @@ demo: $(STAMP)  ## Convert MiniLM into 16 experts of which 4 run, export it to o
 	$(RUN) sparsify bench out/minilm --size 8x64 --size 32x128
 
 test: $(STAMP)  ## Run the tests
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)  ## Check style and types
 	$(RUN) ruff check .

@@ -32,7 +32,7 @@ import typer
 from onnx_tables import write_tables
 from torch import Tensor, fx, nn
 
-from sparsify import SparseModel, SparsifyConfig, export_onnx, sparsify
+from sparsify import SparseModel, SparsifyConfig, export_onnx, onnx_ops_library, sparsify
 from sparsify.cpu.cost_model import processor_name
 from sparsify.models.load import load
 from sparsify.passes.fuse_moe import MOE_FFN
@@ -41,7 +41,7 @@ from sparsify.routers import MLPRouter
 from sparsify.sparse_model import SIZES_KEY, SparseModelInfo
 
 _TOKENS = (1, 4, 16, 64, 128, 512, 2048)
-_EXACT: tuple[Lowering, ...] = ("expert_chain", "sorted_split", "dense_masked")
+_EXACT: tuple[Lowering, ...] = ("expert_chain", "sorted_split", "dense_masked", "fused_op")
 _ROUTER = 64  # hidden size, the default of the config
 _PEAK_TOKENS = 512
 # Prints the bytes that a process took for one file, beside onnxruntime. getrusage would tell those of its parent.
@@ -51,7 +51,10 @@ import numpy as np, onnxruntime
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
 before = peak()
-session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+options = onnxruntime.SessionOptions()
+if sys.argv[3:]:
+    options.register_custom_ops_library(sys.argv[3])
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 shapes = json.loads(sys.argv[2])
 session.run(None, {name: np.ones(shape, dtype) for name, (shape, dtype) in shapes.items()})
 print(peak() - before)
@@ -130,8 +133,8 @@ _EXPERTS = ((16, 4), (8, 2), (64, 16), (8, 1), (16, 2), (64, 8))
 CASES: tuple[Case, ...] = (
     *(Layer(768, *numbers) for numbers in _EXPERTS),
     *(Layer(384, *numbers) for numbers in _EXPERTS),
-    Model("minilm", 16, 4, ("expert_chain", "dense_masked"), [(1, 16), (1, 128), (8, 64), (32, 128)]),
-    Model("smollm2", 8, 2, ("expert_chain", "moe_op"), [(1, 1), (1, 128), (1, 512)]),
+    Model("minilm", 16, 4, ("expert_chain", "fused_op"), [(1, 16), (1, 128), (8, 64), (32, 128)]),
+    Model("smollm2", 8, 2, ("expert_chain", "moe_op", "fused_op"), [(1, 1), (1, 128), (1, 512)]),
     *(Layer(2048, *numbers) for numbers in _EXPERTS),
 )
 
@@ -171,6 +174,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder of the tables")] = Path("out"),
 ) -> None:
     """Time what was not timed yet, and write the tables."""
+    onnx_ops_library()  # compiled before anything is timed
     start, folder = time.perf_counter(), output / ("onnx_quick" if quick else "onnx_speed")
     cases = (Layer(768, 16, 4, (2,)),) if quick else [case for case in CASES if case.key.startswith(only)]
     for case in [] if report else cases:
@@ -261,7 +265,14 @@ def _open(file: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    for library in _library(file):
+        options.register_custom_ops_library(library)
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _library(file: Path) -> list[str]:
+    """That of the ops of a file, if it needs one."""
+    return [onnx_ops_library()] if file.stem == "fused_op" else []
 
 
 def _time(file: Path, case: Case, threads: int, seconds: float) -> tuple[float, list[float]]:
@@ -293,7 +304,7 @@ def _peak(file: Path, case: Case) -> int:
     largest = max(size for size in case.sizes if np.prod(size) <= _PEAK_TOKENS)
     known = [value.name for value in _open(file, 1).get_inputs()]
     shapes = {name: (array.shape, str(array.dtype)) for name, array in case.feeds(largest).items() if name in known}
-    command = [sys.executable, "-c", _PEAK, str(file), json.dumps(shapes)]
+    command = [sys.executable, "-c", _PEAK, str(file), json.dumps(shapes), *_library(file)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -18,6 +18,7 @@ from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, fx, nn
 
+from sparsify.cpu.onnx_library import onnx_ops_library
 from sparsify.errors import ExportError
 from sparsify.partial_model import PartialSparseModel
 from sparsify.passes.capture import capture
@@ -36,7 +37,7 @@ from sparsify.passes.lower_onnx.emit_placeholders import emit_placeholders
 from sparsify.passes.lower_onnx.expert_region import ExpertRegion, find_regions
 from sparsify.passes.lower_onnx.flat_graph import flatten_graph, with_names
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
-from sparsify.passes.lower_onnx.lowerings import WHOLE, Deviation, Lowering, Target
+from sparsify.passes.lower_onnx.lowerings import WHOLE, Leave, Lowering, Target
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
 from sparsify.passes.lower_onnx.metadata import QUANTIZED, FileLayer, conversions, metadata
 from sparsify.passes.lower_onnx.name_nodes import mark_router, name_nodes
@@ -159,7 +160,7 @@ def export_onnx(
     lowering: Literal["auto"] | Lowering = "auto",
     target_tokens: int | Sequence[int] = DEFAULT_TOKENS,
     measure: bool = False,
-    allow: Collection[Deviation] = (),
+    allow: Collection[Leave] = (),
     routing_outputs: bool = False,
     opset: int = 20,
     input_names: Sequence[str] | None = None,
@@ -180,11 +181,13 @@ def export_onnx(
         target: what will run it. "portable" keeps to standard operators.
         lowering: "expert_chain" and "sorted_split" compute the chosen experts in standard operators, "dense_masked"
             all experts at once, "moe_op" is one `com.microsoft::MoE` node a layer; "auto" takes the fastest one that
-            is exact, layer by layer. "dense" is a layer with all its experts on, and without its router; "original" is
-            the FFN of `dense` that it was made from.
+            is exact, layer by layer. "fused_op" is one node of ours a layer, in fp32, for which a session must register
+            the library of `onnx_ops_library`. "dense" is a layer with all its experts on, and without its router;
+            "original" is the FFN of `dense` that it was made from.
         target_tokens: how many tokens a call will have, or several such numbers: what "auto" chooses for.
         measure: "auto" times the lowerings of every layer in onnxruntime on this machine, and does not predict.
-        allow: what the file may compute in place of the model, where that is faster. "dense": in place of a split
+        allow: what the file may do where that is faster. "fused_op": need the library of `onnx_ops_library` in every
+            session; it still computes what the model does, and mostly as the fastest. "dense": in place of a split
             layer the FFN of `dense` that it was made from, or, where that is not given, the layer with all its experts
             on, as by `set_top_k(num_experts)`; so no layer is slower than a dense one. "tanh_gelu": GELU by tanh where
             `com.microsoft::MoE` is taken, which has no other. The report says by how much outputs differ.
@@ -221,6 +224,8 @@ def export_onnx(
         )
     if verify or measure:
         require_runtime()
+        if target == "ort-cpu" and (lowering == "fused_op" or "fused_op" in allow):
+            onnx_ops_library()  # refuses before any work where it cannot be made
     if verify:
         refuse_random(sparse.graph)
     path, names = Path(path), (input_names, output_names)
@@ -254,8 +259,8 @@ def _check_quantized(kind: str | None, target: str, lowering: str, opset: int) -
         raise ValueError(
             f"quantised experts need opset {BLOCK_OPSET} or later for the target portable, got opset={opset}"
         )
-    if lowering == "moe_op":
-        raise ValueError('com.microsoft::MoE takes no quantised weights; use lowering="auto" with quantize_experts')
+    if lowering in ("moe_op", "fused_op"):
+        raise ValueError(f'{lowering} takes no quantised weights; use lowering="auto" with quantize_experts')
 
 
 def _quantize(
@@ -284,7 +289,7 @@ class _Choice:
     lowering: Literal["auto"] | Lowering
     tokens: tuple[int, ...]
     measure: bool
-    allow: tuple[Deviation, ...]
+    allow: tuple[Leave, ...]
     opset: int
     routing_outputs: bool
     quantized: Quantized | None
@@ -346,12 +351,12 @@ def _choose(layer: Layer, region: ExpertRegion, options: _Choice) -> LayerExport
                 '"sorted_split"'
             )
         return LayerExport(layer.name, options.lowering, "as asked")
-    allow: list[Deviation | Lowering] = [*options.allow]
+    allow: list[Leave | Lowering] = [*options.allow]
     if "dense" in allow and options.originals is not None:
         allow[allow.index("dense")] = "original"
     refused = refusals(facts, options.target, runtime, allow)
     if options.quantized:
-        refused["moe_op"] = "it takes no quantised weights"
+        refused |= {name: "it takes no quantised weights" for name in ("moe_op", "fused_op") if name in refused}
     for name in refused:
         refused[name] = refused[name] or _not_whole(name, layer, options)
 

@@ -28,6 +28,7 @@ from sparsify.passes.find_layers import Layer, find_layers
 from sparsify.passes.graph_values import op_name
 from sparsify.passes.lower_onnx.as_written import as_written, deviates, flat_model
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, with_names
+from sparsify.passes.lower_onnx.fused_op import has_own_ops
 from sparsify.passes.lower_onnx.lowerings import WHOLE
 from sparsify.passes.lower_onnx.metadata import FileLayer, read_layers, read_quantized, read_target
 from sparsify.passes.lower_onnx.probe import Reference, references
@@ -173,7 +174,7 @@ def quantization_error(sparse: SparseModel, path: Path) -> QuantizationError:
     ids = [layer.expert_ids for layer in file_layers]
     error, same, decisions = 0.0, 0, 0
     with _stored(proto) as probe:
-        session, _ = open_session(probe, path.parent, cuda)
+        session, _ = open_session(probe, path.parent, cuda, own_ops=has_own_ops(proto))
         for reference in itertools.islice(references(flat, layers), _OTHER_SHAPES + 1):
             found = run_session(session, [*ids, *flat.output_names], reference.inputs)
             for ours, theirs in zip(reference.expert_ids, found, strict=False):
@@ -217,9 +218,10 @@ def _compare(flat: FlatGraph, path: Path, proto: onnx.ModelProto) -> OnnxParity:
     flat = _with_outputs_of(proto, path, flat, layers)
     bounds, cuda = _bounds(layers, flat), read_target(proto) == "ort-cuda" and torch.cuda.is_available()
     _add_expert_ids(proto, file_layers)
+    own_ops = has_own_ops(proto)
     with _stored(proto) as probe:
         del proto  # a copy of all weights; onnxruntime makes its own
-        session, _ = open_session(probe, path.parent, cuda)
+        session, _ = open_session(probe, path.parent, cuda, own_ops=own_ops)
         clean, checks = _check_routing(flat, layers, session, [layer.expert_ids for layer in file_layers])
         del session
     if not clean:
@@ -228,7 +230,7 @@ def _compare(flat: FlatGraph, path: Path, proto: onnx.ModelProto) -> OnnxParity:
             "may choose differently and their outputs cannot be compared; calibrate the routers, or export the model "
             "in float32"
         )
-    session, load_seconds = open_session(path, path.parent, cuda)
+    session, load_seconds = open_session(path, path.parent, cuda, own_ops=own_ops)
     error = max(_output_error(reference, _outputs(session, flat, reference), flat, bounds) for reference in clean)
     del session
     return OnnxParity(

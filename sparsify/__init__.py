@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparsify.api import Inspection, inspect, sparsify
 from sparsify.average_models import average_models
 from sparsify.config import SparsifyConfig
+from sparsify.cpu.onnx_library import onnx_ops_library
 from sparsify.distillation import DistillReport, distill
 from sparsify.label_posterior import label_posterior
 from sparsify.partial_model import PartialSparseModel
@@ -37,6 +38,7 @@ __all__ = [
     "export_onnx",
     "inspect",
     "label_posterior",
+    "onnx_ops_library",
     "onnx_translation_table",
     "sparsify",
     "verify_onnx",

@@ -15,6 +15,13 @@ from sparsify.models.dense_model import DenseModel
 from sparsify.models.load import load
 
 
+def pytest_configure() -> None:
+    """Let the workers of pytest-xdist share the cores, and write lines as long as without them."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ.pop("COLUMNS", None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Makes every test start from the same random state, whichever ran before."""

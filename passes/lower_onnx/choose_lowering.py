@@ -2,8 +2,9 @@
 
 `expert_chain` and `sorted_split` compute the chosen experts alone, in standard operators; `dense_masked` computes all
 of them, which is faster where they are small; `moe_op` is one `com.microsoft::MoE` node. Where the op is exact is
-measured (onnxruntime 1.23 to 1.32 on the CPU) or read in its source (CUDA). `dense`, `original`, and the op in place of
-an exact GELU, compute something else than the model: the user must allow them.
+measured (onnxruntime 1.23 to 1.32 on the CPU) or read in its source (CUDA). `fused_op` is the kernel of `sparsify/cpu`
+as one node, which needs our library in the session; `dense`, `original`, and `moe_op` in place of an exact GELU,
+compute something else than the model: the user must allow these.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 
 from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.costs import predict_seconds
-from sparsify.passes.lower_onnx.lowerings import WHOLE, Deviation, Lowering, Target, Version
+from sparsify.passes.lower_onnx.lowerings import BY_LEAVE, WHOLE, Leave, Lowering, Target, Version
 
 # One token at a time, a few, and a batch of sequences.
 DEFAULT_TOKENS = (1, 32, 512)
 
 # Assumed when onnxruntime is not installed: the oldest release that the package supports.
 _OLDEST = (1, 24)
+FUSED_ACTIVATIONS = ("relu", "squared_relu", "gelu", "gelu_tanh", "silu")  # of ai.sparsify::MoE
 _MOE_ACTIVATIONS = {"relu": "relu", "silu": "silu", "identity": "identity", "gelu_tanh": "gelu"}
 
 
@@ -53,7 +55,7 @@ class LoweringTime:
 
 
 def refusals(
-    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Deviation | Lowering] = ()
+    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Leave | Lowering] = ()
 ) -> dict[Lowering, str | None]:
     """Every lowering, and why it would not compute what the model computes; None for those that are exact or allowed.
 
@@ -61,10 +63,10 @@ def refusals(
         facts: of the layer.
         target: what will run the file.
         runtime: the version of onnxruntime, e.g. `(1, 31, 1)`; None if it is not known.
-        allow: what the file may compute in place of the model; of `WHOLE` what is not named is left out.
+        allow: what a user has to allow; of `BY_LEAVE` what is not named is left out.
     """
     known = cast(tuple[Lowering, ...], get_args(Lowering))
-    names: list[Lowering] = [name for name in known if name not in WHOLE or name in allow]
+    names: list[Lowering] = [name for name in known if name not in BY_LEAVE or name in allow]
     return {name: why_not(name, facts, target, runtime, allow) for name in names}
 
 
@@ -108,6 +110,8 @@ def _reason(best: LoweringTime, refused: Mapping[Lowering, str | None], tokens: 
     if best.lowering in WHOLE:
         form = "with all its experts on" if best.lowering == "dense" else "as before the conversion"
         return f"as you allow: {form} it is the fastest {at}{excluded}"
+    if best.lowering == "fused_op":
+        return f"as you allow: sessions need onnx_ops_library(); the fastest {at}{excluded}"
     if best.lowering == "dense_masked":
         return f"all experts at once are faster than the chosen ones {at}{excluded}"
     return f"the fastest {at}{excluded}"
@@ -118,18 +122,20 @@ def why_not(
     facts: LayerFacts,
     target: Target,
     runtime: Version | None,
-    allow: Collection[Deviation | Lowering] = (),
+    allow: Collection[Leave | Lowering] = (),
 ) -> str | None:
     """Say why a lowering would be wrong or would not load for a layer; None if it is right."""
     if lowering == "moe_op":
         return why_not_moe_op(facts, target, runtime, allow)
+    if lowering == "fused_op":
+        return why_not_fused_op(facts, target)
     if lowering in WHOLE and not facts.plain_router:
         return "its router weighs experts, so that all of them together are no dense FFN"
     return None if lowering == "sorted_split" else facts.irregular
 
 
 def why_not_moe_op(
-    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Deviation | Lowering] = ()
+    facts: LayerFacts, target: Target, runtime: Version | None, allow: Collection[Leave | Lowering] = ()
 ) -> str | None:
     """Say why `com.microsoft::MoE` would be wrong or would not load for a layer; None if it is right."""
     if target == "portable":
@@ -148,6 +154,17 @@ def why_not_moe_op(
     return _cpu_reason(facts, version) if target == "ort-cpu" else _cuda_reason(facts, version)
 
 
+def why_not_fused_op(facts: LayerFacts, target: Target) -> str | None:
+    """Say why `ai.sparsify::MoE` would be wrong or would not run for a layer; None if it is right."""
+    if target != "ort-cpu":
+        return "the op of ours runs in onnxruntime on the CPU alone"
+    if facts.irregular is not None:
+        return facts.irregular
+    if facts.activation not in FUSED_ACTIVATIONS:
+        return f"the op of ours has no kernel for the activation {facts.activation}"
+    return None if facts.dtype == torch.float32 else f"the op of ours has no kernel for {_plain(facts.dtype)}"
+
+
 def moe_activation(activation: str, gated: bool, tanh_gelu: bool = False) -> str | None:
     """The `activation_type` of the op for an activation, None if it has none; `tanh_gelu` takes its GELU for exact."""
     if gated:
@@ -159,7 +176,7 @@ def moe_activation(activation: str, gated: bool, tanh_gelu: bool = False) -> str
 
 def check_options(target: str, lowering: str, tokens: Sequence[int], allow: Collection[str] = ()) -> None:
     """Raise `ValueError` for an unknown target, lowering or deviation, or token counts that are none."""
-    known = cast(tuple[str, ...], get_args(Deviation))
+    known = cast(tuple[str, ...], get_args(Leave))
     if isinstance(allow, str) or any(name not in known for name in allow):
         raise ValueError(f"allow must hold some of {', '.join(known)}, such as [\"dense\"], got {allow!r}")
     if target not in get_args(Target):

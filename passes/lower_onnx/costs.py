@@ -19,6 +19,8 @@ _CACHE = 3e7  # bytes
 _MOE_FLOPS = 8.9e10  # a second, in com.microsoft.MoE
 _PACK = 6.1e10  # bytes a second of weights, which that op packs in every call for an expert of several tokens
 _READ_PLAIN = 6.6e10  # the same for an expert of one token
+_FUSED_FLOPS = 1.8e11  # a second, in ai.sparsify::MoE
+_FUSED_CALL = 8e-6  # seconds
 _COPY = 1.35e10  # bytes a second of rows, read and written
 _NODE = 0.33e-6  # seconds, whatever it computes
 _GEMM = 1.8e-6
@@ -45,6 +47,8 @@ def _experts(lowering: Lowering, facts: LayerFacts, tokens: int) -> float:
         return _masked(facts, tokens)
     if lowering == "moe_op":
         return _moe(facts, tokens)
+    if lowering == "fused_op":
+        return _fused(facts, tokens)
     if facts.units is not None and lowering == "expert_chain":  # whole experts, of the mean width
         size = round(sum(facts.widths) / len(facts.units))
         facts = replace(facts, units=None, num_experts=len(facts.units), top_k=facts.routed_k, expert_size=size)
@@ -77,6 +81,13 @@ def _moe(facts: LayerFacts, tokens: int) -> float:
     flops = 2 * rows * _weight_bytes(facts, facts.expert_size) / facts.dtype.itemsize
     features = rows * facts.dtype.itemsize * (facts.hidden_size + facts.output_size)
     return read + flops / _MOE_FLOPS + 2 * features / _COPY + _MOE_NODES * _NODE
+
+
+def _fused(facts: LayerFacts, tokens: int) -> float:
+    hit = _experts_hit(facts, tokens)
+    weights = hit * _weight_bytes(facts, facts.expert_size)
+    flops = 2 * tokens * facts.top_k * _weight_bytes(facts, facts.expert_size) / facts.dtype.itemsize
+    return _FUSED_CALL + weights / _READ + flops / _FUSED_FLOPS
 
 
 def _products(facts: LayerFacts, rows: float, neurons: int) -> float:

@@ -46,7 +46,7 @@ def _emit_layer(graph: fx.Graph, layer: Layer) -> None:
     settings: dict[str, Any] = {"num_experts": facts.num_experts, "num_parts": parts, "top_k": facts.top_k}
     settings["layer"] = layer.name
     activation = None if facts.irregular else moe_activation(facts.activation, facts.gated, tanh_gelu=True)
-    settings["activation"] = activation or ""
+    settings |= {"activation": activation or "", "function": facts.activation}
     chosen: tuple[tuple[Node, ...], tuple[Node, ...]] = ((), ())
     if facts.units is not None:
         settings |= {"units": list(facts.units), "routed_k": facts.routed_k, "plain_router": int(facts.plain_router)}

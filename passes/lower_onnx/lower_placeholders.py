@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
-from sparsify.passes.lower_onnx import moe_op
+from sparsify.passes.lower_onnx import fused_op, moe_op
 from sparsify.passes.lower_onnx.combine import lower_combine
 from sparsify.passes.lower_onnx.dense_layer import lower_dense_layer
 from sparsify.passes.lower_onnx.dense_masked import lower_dense_masked
@@ -31,6 +31,7 @@ _LAYERS: dict[Lowering, Callable[[ExpertRegion], None]] = {
     "expert_chain": lower_expert_chain,
     "dense_masked": lower_dense_masked,
     "moe_op": lower_moe_layer,
+    "fused_op": fused_op.lower_fused_op,
     "dense": lower_dense_layer,
     "original": lower_dense_layer,  # its experts hold the weights of the original by then
 }
@@ -52,8 +53,8 @@ def lower_placeholders(model: ir.Model) -> None:
     for node in [node for node in model.graph if node.domain == DOMAIN]:
         _lower(model.graph, node)
     model.opset_imports.pop(DOMAIN, None)
-    if any(node.domain == moe_op.DOMAIN for node in model.graph):
-        model.opset_imports[moe_op.DOMAIN] = 1
+    for domain in {node.domain for node in model.graph} & {moe_op.DOMAIN, fused_op.DOMAIN}:
+        model.opset_imports[domain] = 1
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)  # all layers share the small numbers that they reshape by

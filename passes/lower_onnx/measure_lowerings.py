@@ -47,7 +47,8 @@ def measure_lowerings(
     router = _router(region)
     files = [_layer_model(region, router, opset, lowering) for lowering in lowerings]
     feeds = [[_random_inputs(region, count, seed) for seed in range(4)] for count in tokens]
-    rounds = [[_time(file, feeds) for file in files] for _ in range(_ROUNDS)]
+    models = list(zip(files, lowerings, strict=True))
+    rounds = [[_time(file, feeds, own_ops=name == "fused_op") for file, name in models] for _ in range(_ROUNDS)]
     return [
         tuple(statistics.median(turn[i][j] for turn in rounds) for j in range(len(tokens))) for i in range(len(files))
     ]
@@ -131,9 +132,9 @@ def _random_inputs(region: ExpertRegion, tokens: int, seed: int) -> dict[str, np
     }
 
 
-def _time(file: bytes, feeds: Sequence[Sequence[dict[str, np.ndarray]]]) -> list[float]:
+def _time(file: bytes, feeds: Sequence[Sequence[dict[str, np.ndarray]]], own_ops: bool) -> list[float]:
     """Median seconds at every number of tokens."""
-    session, _ = open_session(file, Path(), cuda=False, spinning=True)
+    session, _ = open_session(file, Path(), cuda=False, spinning=True, own_ops=own_ops)
     known = {value.name for value in session.get_inputs()}
     return [_median(session, [{k: v for k, v in feed.items() if k in known} for feed in turns]) for turns in feeds]
 

@@ -1,4 +1,4 @@
-"""onnxruntime, behind three functions; the only file that imports it, and only when it is used."""
+"""onnxruntime, behind a few functions; the only file that imports it, and only when it is used."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.cpu.onnx_library import onnx_ops_library
 from sparsify.errors import ExportError
 
 Session = Any
@@ -34,7 +35,9 @@ def require_runtime() -> None:
         )
 
 
-def open_session(model: Path | bytes, folder: Path, cuda: bool, spinning: bool = False) -> tuple[Session, float]:
+def open_session(
+    model: Path | bytes, folder: Path, cuda: bool, spinning: bool = False, own_ops: bool = False
+) -> tuple[Session, float]:
     """Load a model; delete the session before another is opened, as idle ones take processor time.
 
     Args:
@@ -42,6 +45,7 @@ def open_session(model: Path | bytes, folder: Path, cuda: bool, spinning: bool =
         folder: where external data lies.
         cuda: run on the GPU, in full fp32 precision.
         spinning: let idle threads wait busily, as by default in onnxruntime: faster, and what times are taken with.
+        own_ops: the model holds ops of ours; their library is registered.
 
     Returns:
         The session, and the seconds that it took to load.
@@ -54,6 +58,8 @@ def open_session(model: Path | bytes, folder: Path, cuda: bool, spinning: bool =
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    if own_ops:
+        options.register_custom_ops_library(onnx_ops_library())
     if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     gpu = [("CUDAExecutionProvider", {"use_tf32": "0"})] if cuda else []

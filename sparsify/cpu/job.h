@@ -28,7 +28,7 @@ typedef struct {
 typedef struct {
     const char *x;
     int64_t x_row;
-    const float *routing;
+    const float *routing; /* NULL: each weighs one */
     const int64_t *ids;
     matrix up, gate, down;
     char *y;
@@ -41,8 +41,15 @@ typedef struct {
     int64_t x_panel, hidden_panel, hidden_row; /* bytes */
     char *packed, *hidden_panels, *hidden_rows;
     float *out; /* [pairs][outputs] */
-    int64_t whole, arrived, next[PHASES], tasks[PHASES];
+    int64_t whole, phase, arrived, next[PHASES], tasks[PHASES];
 } job;
+
+/* Of GOMP_parallel: runs the function in so many threads. */
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+
+static float weight_of(const job *j, int64_t pair) {
+    return j->routing ? j->routing[pair] : 1.0f;
+}
 
 static int64_t rows_of(const segment *s) {
     return s->panel_rows + s->rows;

@@ -11,7 +11,8 @@
      2  down      segment x COLUMNS outputs  out[pair] = (hidden down^T + b) * routing weight
      3  combine   TOKENS tokens              y[t] = sum of out over the slots of t, first to last
 
-   Nothing here creates threads: the caller passes the entry points of the OpenMP runtime that torch runs on. */
+   Nothing here creates threads: the caller passes the entry points of the OpenMP runtime that torch runs on, or how
+   onnxruntime runs a function in its threads (onnx_op.h). */
 #include <stdlib.h>
 
 #include "vector.h"
@@ -22,6 +23,13 @@
 #include "job.h"
 
 #include "phases.h"
+
+static void (*const phases[PHASES])(job *, int64_t) = {pack, up, down, combine};
+
+static void take_tasks(job *j, int64_t phase) {
+    for (int64_t task; (task = __atomic_fetch_add(&j->next[phase], 1, __ATOMIC_RELAXED)) < j->tasks[phase];)
+        phases[phase](j, task);
+}
 
 /* Segments from packing to down in one thread, with memory for one segment that stays in the cache of its core. */
 static void whole(job *shared) {
@@ -40,8 +48,8 @@ static void whole(job *shared) {
     }
 }
 
+/* All phases, by threads that run at once and wait for each other. */
 static void work(void *data) {
-    static void (*const phases[PHASES])(job *, int64_t) = {pack, up, down, combine};
     job *j = data;
     if (j->whole) {
         whole(j);
@@ -49,9 +57,22 @@ static void work(void *data) {
     }
     for (int phase = j->whole ? PHASES - 1 : 0; phase < PHASES; phase++) {
         if (!j->tasks[phase]) continue;
-        for (int64_t task; (task = __atomic_fetch_add(&j->next[phase], 1, __ATOMIC_RELAXED)) < j->tasks[phase];)
-            phases[phase](j, task);
+        take_tasks(j, phase);
         if (j->barrier && phase < PHASES - 1) j->barrier();
+    }
+}
+
+static void one_phase(void *data) {
+    job *j = data;
+    if (j->phase < 0) whole(j);
+    else take_tasks(j, j->phase);
+}
+
+/* Phase by phase, where `parallel` gives no thread that another could wait for. */
+static void work_in_phases(job *j, unsigned threads, parallel_function parallel) {
+    for (j->phase = j->whole ? -1 : 0; j->phase < PHASES; j->phase += j->phase < 0 ? PHASES : 1) {
+        if (j->phase < 0 || j->tasks[j->phase] > 1) parallel(one_phase, j, threads, 0);
+        else one_phase(j);
     }
 }
 
@@ -131,7 +152,7 @@ static char *cut(char **from, int64_t bytes) {
     return start;
 }
 
-static int run(job *j, int64_t threads, int64_t poison, void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+static int run(job *j, int64_t threads, int64_t poison, parallel_function parallel) {
     int64_t size = j->bf16 ? 2 : 4, pairs = j->tokens * j->slots;
     j->x_panel = (j->inner * size + 3) / 4 * 4 * VL;
     j->hidden_panel = (j->width * size + 3) / 4 * 4 * VL;
@@ -167,7 +188,8 @@ static int run(job *j, int64_t threads, int64_t poison, void (*parallel)(void (*
         j->tasks[1] = j->num_segments * blocks_of(j->width);
         j->tasks[2] = j->num_segments * blocks_of(j->outputs);
         j->tasks[3] = (j->tokens + TOKENS - 1) / TOKENS;
-        if (threads > 1) parallel(work, j, (unsigned)threads, 0);
+        if (threads > 1 && j->barrier) parallel(work, j, (unsigned)threads, 0);
+        else if (threads > 1) work_in_phases(j, (unsigned)threads, parallel);
         else work(j);
     }
     give_back(scratch);
@@ -209,11 +231,13 @@ int sparsify_moe_ffn(const int64_t *a) {
         job part = j;
         part.tokens = least(a[5] - first, chunk);
         part.x += first * j.x_row;
-        part.routing += first * j.slots;
+        if (part.routing) part.routing += first * j.slots;
         part.ids += first * j.slots;
         part.y += first * j.outputs * size;
-        int status = run(&part, a[13], a[14], (void (*)(void (*)(void *), void *, unsigned, unsigned))(intptr_t)a[15]);
+        int status = run(&part, a[13], a[14], (parallel_function)(intptr_t)a[15]);
         if (status != FINE) return status;
     }
     return FINE;
 }
+
+#include "onnx_op.h"

@@ -134,7 +134,7 @@ static void down_panels(job *j, const segment *s, int64_t first, int64_t columns
                 transpose(v);
                 size_t bytes = (size_t)least(columns - n, VL) * 4;
                 for (int64_t i = 0; i < lanes; i++) {
-                    vf row = v[i] * splat(j->routing[pairs[i]]);
+                    vf row = v[i] * splat(weight_of(j, pairs[i]));
                     char *to = (char *)(j->out + pairs[i] * j->outputs + first + n);
                     if (bytes == VL * 4) memcpy(to, &row, VL * 4);
                     else memcpy(to, &row, bytes);
@@ -153,8 +153,8 @@ static void down_rows(job *j, const segment *s, int64_t first, int64_t columns) 
     add_bias_rows(&j->down, s->expert, first, columns, s->rows, j->bf16, z);
     for (int64_t i = 0; i < s->rows; i++) {
         int64_t pair = j->order[s->first + s->panel_rows + i];
-        float *to = j->out + pair * j->outputs + first;
-        for (int64_t n = 0; n < columns; n++) to[n] = z[i * COLUMNS + n] * j->routing[pair];
+        float *to = j->out + pair * j->outputs + first, weight = weight_of(j, pair);
+        for (int64_t n = 0; n < columns; n++) to[n] = z[i * COLUMNS + n] * weight;
     }
 }
 

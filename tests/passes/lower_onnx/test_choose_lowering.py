@@ -141,7 +141,7 @@ def test_unknown_options_are_named() -> None:
     with pytest.raises(ValueError, match=r"lowering must be one of auto, .*, dense, original, got 'loop'"):
         check_options("portable", "loop", DEFAULT_TOKENS)
     for allow in ("dense", ["gelu"]):
-        with pytest.raises(ValueError, match=r"allow must hold some of dense, tanh_gelu, such as \["):
+        with pytest.raises(ValueError, match=r"allow must hold some of dense, tanh_gelu, fused_op, such as \["):
             check_options("portable", "auto", DEFAULT_TOKENS, allow)
 
 

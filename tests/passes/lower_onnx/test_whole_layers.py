@@ -21,6 +21,7 @@ from sparsify.passes.lower_onnx.expert_region import find_regions
 from sparsify.passes.lower_onnx.lower_placeholders import lower_layer, lower_placeholders
 from sparsify.passes.lower_onnx.lowerings import WHOLE, Lowering
 from sparsify.passes.lower_onnx.measure_lowerings import measure_lowerings
+from sparsify.passes.lower_onnx.runtime import open_session
 
 E, D, M = 5, 17, 11
 LOWERINGS: list[Lowering] = [name for name in get_args(Lowering) if name not in WHOLE]  # which run all experts
@@ -89,6 +90,7 @@ def _model(arrays: Arrays, unit_weights: bool) -> ir.Model:
 
     settings: dict[str, Any] = {"num_experts": E, "num_parts": parts, "top_k": top_k}
     settings["activation"] = "swiglu" if "gate_proj" in arrays else "relu"
+    settings["function"] = "silu" if "gate_proj" in arrays else "relu"
     rows, order, _, counts = add("Dispatch", [values["x"], values["ids"]], settings, "sparsify", 4)
     order.type = counts.type = ir.TensorType(ir.DataType.INT64)
     if "gate_proj" in arrays:
@@ -116,13 +118,14 @@ def _lowered(arrays: Arrays, lowering: Lowering, unit_weights: bool) -> onnx.Mod
     lower_layer(find_regions(model.graph)[0], lowering)
     lower_placeholders(model)
     proto = ir.to_proto(model)
-    onnx.checker.check_model(onnx.shape_inference.infer_shapes(proto, strict_mode=lowering != "moe_op"))
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=lowering not in ("moe_op", "fused_op"))
+    onnx.checker.check_model(inferred)
     return proto
 
 
 def _run(arrays: Arrays, lowering: Lowering, unit_weights: bool) -> np.ndarray:
     proto = _lowered(arrays, lowering, unit_weights)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session, _ = open_session(proto.SerializeToString(), Path(), cuda=False, own_ops=lowering == "fused_op")
     return np.asarray(session.run(None, {name: arrays[name] for name in ("x", "ids", "weights")})[0])
 
 

@@ -1,0 +1,47 @@
+"""A whole layer -> one `ai.sparsify::MoE`, the fused kernel of `sparsify/cpu` as an op of onnxruntime.
+
+    y = sum over k of routing_weights[:, k] * down(act(up x) [* act(gate x)]), expert by expert     # see cpu/onnx_op.h
+
+Only the chosen experts are computed, in one call without a node for each: exact for any routing weights, unused slots
+(-1) and experts of several widths. A session must register the library of `onnx_ops_library`.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from sparsify.passes.lower_onnx.expert_region import ExpertRegion, is_linear
+from sparsify.passes.lower_onnx.values import input_of, optional_input
+
+DOMAIN = "ai.sparsify"
+
+
+def lower_fused_op(region: ExpertRegion) -> None:
+    """Replace all nodes of the layer, in place.
+
+    Args:
+        region: a layer for which `why_not_fused_op` knows no reason.
+    """
+    tape = Tape()
+    linears = sorted(filter(is_linear, region.inner), key=lambda node: node.attributes["gate"].as_int())
+    projections = [optional_input(node, i) for node in linears for i in (1, 2)]
+    gate = [None] * (4 - len(projections))
+    down = [optional_input(region.down, i) for i in (1, 2)]
+    weights = None if region.unit_weights else _in_fp32(tape, input_of(region.combine, 1))
+    inputs = [*region.dispatch.inputs[:2], weights, *projections, *gate, *down]
+    activation = region.dispatch.attributes["function"].as_string()
+    y = tape.op("MoE", inputs, {"activation": activation}, domain=DOMAIN, version=1)
+    region.replace(tape, {region.combine.outputs[0]: y})
+
+
+def has_own_ops(model: onnx.ModelProto) -> bool:
+    """A session for this file must register `onnx_ops_library`."""
+    return any(entry.domain == DOMAIN for entry in model.opset_import)
+
+
+def _in_fp32(tape: Tape, weights: ir.Value) -> ir.Value:
+    if weights.dtype == ir.DataType.FLOAT:
+        return weights
+    return tape.op("Cast", [weights], {"to": ir.DataType.FLOAT})
