@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.cpu.onnx_library import onnx_ops_library
 from sparsify.passes.lower_onnx.flat_graph import FlatGraph, axis_names, flatten_graph, free_sizes, resize_inputs
+from sparsify.passes.lower_onnx.fused_op import uses_own_ops
 from sparsify.passes.thread_ids import own_inputs
 from sparsify.sparse_model import SparseModel
 
@@ -294,6 +296,8 @@ def _open(file: Path, provider: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only: warnings about shapes are no news to a user
+    if uses_own_ops(file):
+        options.register_custom_ops_library(onnx_ops_library())
     if provider not in onnxruntime.get_available_providers():
         raise ValueError(
             f"onnxruntime has no {provider} here, it has {', '.join(onnxruntime.get_available_providers())}; "

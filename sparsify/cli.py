@@ -19,8 +19,16 @@ from sparsify import conversion_folder as files
 from sparsify.api import Inspection
 from sparsify.api import inspect as inspect_model
 from sparsify.bench import BenchReport
-from sparsify.cli_refusals import refuse_contradiction, refuse_distill, refuse_routes_without_file
-from sparsify.cli_steps import convert_model, export_model, load_model, model_bytes, time_models, write_reports
+from sparsify.cli_refusals import refuse_contradiction, refuse_distill, refuse_options_of_file
+from sparsify.cli_steps import (
+    FileOptions,
+    convert_model,
+    export_model,
+    load_model,
+    model_bytes,
+    time_models,
+    write_reports,
+)
 from sparsify.config import Select, SparsifyConfig
 from sparsify.console import BROKEN_PROMISE, bad_input, exit_codes, make_console, nothing_written, show_stages
 from sparsify.output_folder import output_folder, require_space
@@ -211,6 +219,14 @@ def convert(
         bool,
         typer.Option("--routing-outputs", help="Outputs of the ONNX file for the experts of every token and weights."),
     ] = False,
+    fused_op: Annotated[
+        bool,
+        typer.Option(
+            "--fused-op",
+            help="Write a layer as one op of ours where that is faster; sessions must register its library "
+            "(sparsify.onnx_ops_library()).",
+        ),
+    ] = False,
     bench: Annotated[bool, typer.Option("--bench", help="Time dense against sparse at the end.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -237,7 +253,7 @@ def convert(
             )
             refuse_contradiction(no_calibration, calibration, budget, top_k if shared is None else shared)
             refuse_distill(distill, no_calibration, config)
-            refuse_routes_without_file(routing_outputs, onnx)
+            refuse_options_of_file(onnx, target.value, routing_outputs=routing_outputs, fused_op=fused_op)
         files.refuse_foreign_files(out)
         with nothing_written(), show_stages() as stages, output_folder(out) as staging:
             dense = load_model(model, calibration, stages)
@@ -245,8 +261,8 @@ def convert(
             sparse, report = convert_model(dense, config, distill, calibrates=not no_calibration, stages=stages)
             with stages.running("save"):
                 sparse.save(staging)
-            where = (staging, target.value, config.tokens, routing_outputs)
-            export = export_model(sparse, dense, *where, stages=stages) if onnx else None
+            options = FileOptions(target.value, config.tokens, routing_outputs, fused_op)
+            export = export_model(sparse, dense, staging, options, stages) if onnx else None
             onnx_folder = staging if onnx else None
             timed = time_models(dense.model, sparse, onnx_folder, target.value, stages) if bench else None
             left_out = write_reports(staging, report, _moved(export, out), timed)

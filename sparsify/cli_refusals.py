@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsify.config import SparsifyConfig
+from sparsify.cpu.onnx_library import onnx_ops_library
 from sparsify.routers import MLPRouter
 
 
@@ -31,7 +32,14 @@ def refuse_distill(steps: int, no_calibration: bool, config: SparsifyConfig) -> 
         )
 
 
-def refuse_routes_without_file(routing_outputs: bool, onnx: bool) -> None:
-    """Raise `ValueError` for outputs of a file that is not written."""
+def refuse_options_of_file(onnx: bool, target: str, *, routing_outputs: bool, fused_op: bool) -> None:
+    """Raise `ValueError` for options of a file that is not written, or of another runtime; before the conversion."""
     if routing_outputs and not onnx:
         raise ValueError("--routing-outputs are outputs of the ONNX file, which --no-onnx leaves out; give one of them")
+    if not fused_op:
+        return
+    if not onnx:
+        raise ValueError("--fused-op is how the ONNX file is written, which --no-onnx leaves out; give one of them")
+    if target != "ort-cpu":
+        raise ValueError(f"--fused-op runs in onnxruntime on the CPU, so leave it out for --target {target}")
+    onnx_ops_library()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,28 +75,35 @@ def _distilled(sparse: SparseModel, dense: DenseModel, steps: int, stages: Stage
     return dataclasses.replace(sparse.report, notes=(*sparse.report.notes, f"then trained as a whole: {done}"))
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """Of the ONNX file: what runs it, with how many tokens a call (by default several numbers), and what is in it."""
+
+    target: Target
+    tokens: tuple[int, ...]
+    routing_outputs: bool
+    fused_op: bool
+
+
 def export_model(
     sparse: SparseModel,
     dense: DenseModel,
     folder: Path,
-    target: Target,
-    tokens: Sequence[int],
-    routing_outputs: bool,
-    *,
+    options: FileOptions,
     stages: Stages,
 ) -> ExportReport:
-    """Writes both ONNX files, for calls of so many tokens (by default several sizes), and checks the converted one."""
+    """Writes both ONNX files, and checks the converted one."""
     from sparsify.passes.export_onnx import export_onnx
     from sparsify.passes.lower_onnx.choose_lowering import DEFAULT_TOKENS
 
-    sizes = tuple(tokens) or DEFAULT_TOKENS
     with stages.running("export"):
         return export_onnx(
             sparse,
             folder / files.ONNX,
-            target=target,
-            target_tokens=sizes,
-            routing_outputs=routing_outputs,
+            target=options.target,
+            target_tokens=options.tokens or DEFAULT_TOKENS,
+            allow=["fused_op"] if options.fused_op else [],
+            routing_outputs=options.routing_outputs,
             dense=dense.model,
         )
 

@@ -285,6 +285,18 @@ def test_labels_and_routes_of_a_file(tmp_path):
     assert "1 FFNs can be converted" in run("inspect", "tiny_factory:labelled").stdout
 
 
+def test_a_file_with_our_op(tmp_path):
+    """It is written, checked and timed with its library registered; the report says what sessions need."""
+    out = tmp_path / "out"
+    options = (*OPTIONS, "--fused-op", "--target-tokens", "64", "--no-calibration")
+    printed = json.loads(run("convert", "tiny_factory:model", "-o", out, *options, "--bench", "--json").stdout)
+    [layer] = printed["export"]["layers"]
+    assert layer["lowering"] == "fused_op"
+    assert "sessions need onnx_ops_library()" in layer["reason"]
+    assert "ai.sparsify" in [entry.domain for entry in onnx.load(out / "model.onnx").opset_import]
+    assert "pass" in run("verify", out).stdout
+
+
 def test_target_tokens_reach_plan_and_export(tmp_path):
     """Both are made for the sizes that calls will have, and the report says how long an FFN takes there."""
     options = ("--experts", "4", "--top-k", "2", "--select", "all", "--target-tokens", "3", "--target-tokens", "40")
@@ -378,6 +390,8 @@ def test_files_of_others_are_not_overwritten(tmp_path):
         (["tiny_factory:model", "--target", "tpu"], "ort-cpu"),
         (["tiny_factory:model", "--ids-input", "x"], "ids_input='x' is for routers that read ids, labels or"),
         (["tiny_factory:model", "--routing-outputs", "--no-onnx"], "which --no-onnx leaves out; give one of them"),
+        (["tiny_factory:model", "--fused-op", "--no-onnx"], "which --no-onnx leaves out; give one of them"),
+        (["tiny_factory:model", "--fused-op", "--target", "portable"], "leave it out for --target portable"),
         (["tiny_factory:model", "--budget", "12"], "budget='12ms'"),
         (["tiny_factory:model", "--budget", "12ms"], "such as target_tokens=512"),
         (["tiny_factory:model", "--budget", "0.5", "--top-k", "2"], "give one or the other"),

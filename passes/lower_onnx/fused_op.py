@@ -8,6 +8,8 @@ Only the chosen experts are computed, in one call without a node for each: exact
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import onnx_ir as ir
 from onnx_ir.tape import Tape
@@ -39,6 +41,11 @@ def lower_fused_op(region: ExpertRegion) -> None:
 def has_own_ops(model: onnx.ModelProto) -> bool:
     """A session for this file must register `onnx_ops_library`."""
     return any(entry.domain == DOMAIN for entry in model.opset_import)
+
+
+def uses_own_ops(file: Path) -> bool:
+    """`has_own_ops` of a file."""
+    return has_own_ops(onnx.load(str(file), load_external_data=False))
 
 
 def _in_fp32(tape: Tape, weights: ir.Value) -> ir.Value:

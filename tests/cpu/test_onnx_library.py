@@ -16,9 +16,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsify.cpu import build, onnx_library
+from sparsify.cpu.kernel import kernel_status
 from sparsify.cpu.onnx_library import onnx_ops_library
 from sparsify.errors import ExportError
 from sparsify.kernels.reference import moe_ffn_reference
+
+pytestmark = pytest.mark.skipif(not kernel_status().available, reason=kernel_status().reason)
 
 ACTIVATIONS = ["relu", "squared_relu", "gelu", "gelu_tanh", "silu"]
 NAMES = ["x", "ids", "routing", "up", "up_bias", "gate", "gate_bias", "down", "down_bias"]

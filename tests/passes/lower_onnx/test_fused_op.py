@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from sparsify import onnx_ops_library, verify_onnx
+from sparsify.cpu.kernel import kernel_status
 from sparsify.errors import ExportError
 from sparsify.passes import export_onnx as export_file
 from sparsify.passes.export_onnx import export_onnx
+
+pytestmark = pytest.mark.skipif(not kernel_status().available, reason=kernel_status().reason)
 
 
 def _ops(path: Path) -> list[str]:
