@@ -78,7 +78,7 @@ static void up_panels(job *j, const segment *s, int64_t first, int64_t columns) 
 }
 
 static void up_rows(job *j, const segment *s, int64_t first, int64_t columns) {
-    float z[ROWS_MAX * COLUMNS] = {0}, gate[ROWS_MAX * COLUMNS] = {0};
+    float z[ROWS_MAX * COLUMNS], gate[ROWS_MAX * COLUMNS];
     const char *a[ROWS_MAX];
     for (int64_t i = 0; i < s->rows; i++) a[i] = x_of(j, s->first + s->panel_rows + i);
     const matrix *weights[2] = {&j->up, &j->gate};
@@ -86,6 +86,7 @@ static void up_rows(job *j, const segment *s, int64_t first, int64_t columns) {
     int gated = j->gate.data != NULL;
     for (int m = 0; m <= gated; m++) {
         const char *w = weights[m]->data + s->expert * weights[m]->expert + first * weights[m]->row;
+        memset(results[m], 0, (size_t)(s->rows * COLUMNS) * 4);
         product_rows(a, s->rows, w, weights[m]->row, columns, j->inner, (int)j->bf16, results[m]);
         add_bias_rows(weights[m], s->expert, first, columns, s->rows, j->bf16, results[m]);
     }
@@ -145,10 +146,11 @@ static void down_panels(job *j, const segment *s, int64_t first, int64_t columns
 }
 
 static void down_rows(job *j, const segment *s, int64_t first, int64_t columns) {
-    float z[ROWS_MAX * COLUMNS] = {0};
+    float z[ROWS_MAX * COLUMNS];
     const char *a[ROWS_MAX];
     const char *w = j->down.data + s->expert * j->down.expert + first * j->down.row;
     for (int64_t i = 0; i < s->rows; i++) a[i] = j->hidden_rows + (s->row + i) * j->hidden_row;
+    memset(z, 0, (size_t)(s->rows * COLUMNS) * 4);
     product_rows(a, s->rows, w, j->down.row, columns, j->width, (int)j->bf16, z);
     add_bias_rows(&j->down, s->expert, first, columns, s->rows, j->bf16, z);
     for (int64_t i = 0; i < s->rows; i++) {

@@ -22,7 +22,7 @@
 #define TILE_PANELS 3
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -73,11 +73,23 @@ INLINE vu load(const void *from) {
     return v;
 }
 
-/* The first bytes of a vector, the rest 0. */
+/* The first bytes of a vector, an even number, the rest 0. A copy of so many bytes would be a call. */
 INLINE vu load_part(const void *from, int64_t bytes) {
+#if VL == 4
     vu v = {0};
     memcpy(&v, from, (size_t)bytes);
     return v;
+#else
+    int64_t words = bytes / 4;
+#if VL == 16
+    vu v = (vu)_mm512_maskz_loadu_epi32((__mmask16)((1u << words) - 1), from);
+#else
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    vu v = (vu)_mm256_maskload_epi32(from, (__m256i)(lanes < (int32_t)words));
+#endif
+    if (bytes % 4) v[words] = *((const uint16_t *)from + 2 * words);
+    return v;
+#endif
 }
 
 INLINE vf loadf(const float *from) {
