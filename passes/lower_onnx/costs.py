@@ -19,9 +19,8 @@ _CACHE = 3e7  # bytes
 _MOE_FLOPS = 8.9e10  # a second, in com.microsoft.MoE
 _PACK = 6.1e10  # bytes a second of weights, which that op packs in every call for an expert of several tokens
 _READ_PLAIN = 6.6e10  # the same for an expert of one token
-# Of ai.sparsify::MoE, measured on two cores of an Ice Lake server, times what the others take here over there.
-_FUSED_FLOPS, _FUSED_READ, _FUSED_COPY = 1.65e11, 2.2e11, 4.1e9
-_FUSED_CALL, _FUSED_EXPERT = 7.7e-6, 1.4e-6
+# Of ai.sparsify::MoE, measured on two cores of an Ice Lake server beside the others, in what these take here.
+_FUSED_CALL, _FUSED_FLOPS, _FUSED_COPY = 4.7e-6, 1.65e11, 4e9
 _COPY = 1.35e10  # bytes a second of rows, read and written
 _NODE = 0.33e-6  # seconds, whatever it computes
 _GEMM = 1.8e-6
@@ -85,19 +84,22 @@ def _moe(facts: LayerFacts, tokens: int) -> float:
 
 
 def _fused(facts: LayerFacts, tokens: int) -> float:
-    hit = _experts_hit(facts, tokens)
-    rows, expert = tokens * facts.top_k, _weight_bytes(facts, facts.expert_size)
-    products = hit * expert / _FUSED_READ + 2 * rows * expert / facts.dtype.itemsize / _FUSED_FLOPS
-    return _FUSED_CALL + hit * _FUSED_EXPERT + products + rows * facts.hidden_size * facts.dtype.itemsize / _FUSED_COPY
+    rows, hit = tokens * facts.top_k, _experts_hit(facts, tokens)
+    products = hit * _bound(facts, rows / hit, facts.expert_size, _FUSED_FLOPS)
+    return _FUSED_CALL + products + rows * facts.hidden_size * facts.dtype.itemsize / _FUSED_COPY
 
 
 def _products(facts: LayerFacts, rows: float, neurons: int) -> float:
-    """All Gemms of one FFN of so many neurons: bound by reading its weights, or by computing."""
+    """All Gemms of one FFN of so many neurons."""
+    return _bound(facts, rows, neurons, _FLOPS) + _GEMM * (_projections(facts) + 1)
+
+
+def _bound(facts: LayerFacts, rows: float, neurons: int, flops_a_second: float) -> float:
+    """By reading the weights of so many neurons, or by computing."""
     weights = _weight_bytes(facts, neurons)
     flops = 2 * rows * weights / facts.dtype.itemsize
     near = _READ_ROW if rows < 2 else _READ
-    read = weights / (_READ_FAR if _is_far(facts) else near)
-    return max(read, flops / _FLOPS) + _GEMM * (_projections(facts) + 1)
+    return max(weights / (_READ_FAR if _is_far(facts) else near), flops / flops_a_second)
 
 
 def _is_far(facts: LayerFacts) -> bool:
