@@ -53,6 +53,11 @@ def model():
     return ffn, (torch.randn(2, 4, 16),), {}, batches
 
 
+def wide():
+    ffn = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    return ffn, (torch.randn(2, 4, 64),)
+
+
 def labelled():
     labels = {"expert_labels": torch.tensor([1, 0])}
     ffn, args, _, batches = model()
@@ -288,8 +293,8 @@ def test_labels_and_routes_of_a_file(tmp_path):
 def test_a_file_with_our_op(tmp_path):
     """It is written, checked and timed with its library registered; the report says what sessions need."""
     out = tmp_path / "out"
-    options = (*OPTIONS, "--fused-op", "--target-tokens", "64", "--no-calibration")
-    printed = json.loads(run("convert", "tiny_factory:model", "-o", out, *options, "--bench", "--json").stdout)
+    options = (*OPTIONS, "--fused-op", "--no-calibration")
+    printed = json.loads(run("convert", "tiny_factory:wide", "-o", out, *options, "--bench", "--json").stdout)
     [layer] = printed["export"]["layers"]
     assert layer["lowering"] == "fused_op"
     assert "sessions need onnx_ops_library()" in layer["reason"]

@@ -45,8 +45,8 @@ def test_weights_and_unused_slots(sparse_layer: Any, skipping_router: Any, tmp_p
 
 def test_a_whole_model_runs_in_a_plain_session(sparse_transformer: Any, tmp_path: Path) -> None:
     """Protects: what the README tells a user to do, and the check of a file later."""
-    sparse, path = sparse_transformer(), tmp_path / "m.onnx"
-    report = export_onnx(sparse, path, allow=["fused_op"], measure=True)
+    sparse, path = sparse_transformer(hidden=64, size=64, activation=F.gelu), tmp_path / "m.onnx"
+    report = export_onnx(sparse, path, allow=["fused_op"], target_tokens=64)
     assert [layer.lowering for layer in report.layers] == ["fused_op"] * 2
     assert "sessions need onnx_ops_library()" in report.layers[0].reason
     assert report.deviation is None
@@ -58,6 +58,14 @@ def test_a_whole_model_runs_in_a_plain_session(sparse_transformer: Any, tmp_path
     mask = torch.ones(3, 7)
     found = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), sparse(ids, mask)["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_is_timed_beside_the_others(sparse_layer: Any, tmp_path: Path) -> None:
+    """Protects: `measure=True` registers the library for the candidate that needs it."""
+    [layer] = export_onnx(sparse_layer(), tmp_path / "m.onnx", allow=["fused_op"], measure=True).layers
+    [time] = [time for time in layer.times if time.lowering == "fused_op"]
+    assert time.measured is not None
+    assert all(seconds > 0 for seconds in time.measured)
 
 
 def test_only_by_leave(sparse_layer: Any, tmp_path: Path) -> None:
