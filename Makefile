@@ -25,8 +25,9 @@ demo: $(STAMP)  ## Convert MiniLM into 16 experts of which 4 run, export it to o
 	$(RUN) sparsify convert minilm --experts 16 --top-k 4 -o out/minilm
 	$(RUN) sparsify bench out/minilm --size 8x64 --size 32x128
 
+# The longest tests first, so that no process is left with them alone.
 test: $(STAMP)  ## Run the tests
-	$(RUN) python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(RUN) python -m pytest -n logical --maxprocesses 4 --dist worksteal tests/test_real_models.py tests
 
 lint: $(STAMP)  ## Check style and types
 	$(RUN) ruff check .
