@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsify.cpu import kernel
+from sparsify.cpu import build, kernel
 from sparsify.cpu.experts import pick
 from sparsify.cpu.run import choose_form, moe_ffn_cpu
 from sparsify.ops.moe_ffn import moe_ffn
@@ -42,6 +42,16 @@ def test_empty_inner_sizes_leave_the_biases(sizes, make_layer, error_of):
     """Protects: a product over nothing is 0, and the bias still counts."""
     layer = make_layer(*sizes)
     assert error_of(moe_ffn_cpu(*layer[:3], *layer[3]), layer) <= 1e-6
+
+
+def test_the_kernel_works_where_it_can_be_compiled():
+    """Protects: one whose check of itself fails is a fault, and no reason to skip its tests."""
+    try:
+        with build.library():
+            pass
+    except build.BuildError as failure:
+        pytest.skip(str(failure))
+    assert kernel.kernel_status().available, kernel.kernel_status().reason
 
 
 def test_the_kernel_is_chosen_where_it_covers(make_layer):
