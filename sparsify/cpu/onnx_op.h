@@ -160,6 +160,7 @@ static void put_matrix(int64_t *a, const onnx_tensor *weight, const onnx_tensor 
     a[3] = address(bias->data), a[4] = weight->dims[1] * 4;
 }
 
+/* How many threads a session has is not told: workers that are too many find no task left. */
 static int64_t workers_for(int64_t operations) {
     long processors = sysconf(_SC_NPROCESSORS_ONLN);
     return operations < SMALL ? 1 : least(processors < 1 ? 1 : processors, MAX_WORKERS);
