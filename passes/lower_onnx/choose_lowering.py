@@ -16,6 +16,7 @@ from typing import cast, get_args
 
 import torch
 
+from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.passes.find_layers import LayerFacts
 from sparsify.passes.lower_onnx.costs import predict_seconds
 from sparsify.passes.lower_onnx.lowerings import BY_LEAVE, WHOLE, Leave, Lowering, Target, Version
@@ -25,7 +26,6 @@ DEFAULT_TOKENS = (1, 32, 512)
 
 # Assumed when onnxruntime is not installed: the oldest release that the package supports.
 _OLDEST = (1, 24)
-FUSED_ACTIVATIONS = ("relu", "squared_relu", "gelu", "gelu_tanh", "silu")  # of ai.sparsify::MoE
 _MOE_ACTIVATIONS = {"relu": "relu", "silu": "silu", "identity": "identity", "gelu_tanh": "gelu"}
 
 
@@ -160,7 +160,7 @@ def why_not_fused_op(facts: LayerFacts, target: Target) -> str | None:
         return "the op of ours runs in onnxruntime on the CPU alone"
     if facts.irregular is not None:
         return facts.irregular
-    if facts.activation not in FUSED_ACTIVATIONS:
+    if facts.activation not in ACTIVATIONS:
         return f"the op of ours has no kernel for the activation {facts.activation}"
     return None if facts.dtype == torch.float32 else f"the op of ours has no kernel for {_plain(facts.dtype)}"
 

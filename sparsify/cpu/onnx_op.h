@@ -7,7 +7,6 @@
    The C interface of onnxruntime is a table of functions whose order never changes: new ones are appended, by version
    (include/onnxruntime/core/session/onnxruntime_c_api.h; onnxruntime_c_api.cc asserts the last place of each version). So
    the places of the few that are called stand here, and building needs no header of onnxruntime. */
-#include <stdio.h>
 #include <unistd.h>
 
 #define API_VERSION 17 /* the first with PARALLEL_FOR */
@@ -72,8 +71,8 @@ typedef struct {
 } onnx_kernel;
 
 typedef struct {
-    const char *data; /* NULL for an input that is left out */
-    int64_t dims[3], rank;
+    const char *data; /* may be NULL where there is no element */
+    int64_t dims[3], rank; /* 0 for an input that is left out */
 } onnx_tensor;
 
 typedef struct {
@@ -81,9 +80,11 @@ typedef struct {
     void *data;
 } onnx_task;
 
-/* Of the call that this thread is in. */
-static __thread const onnx_kernel *calling;
-static __thread void *calling_context;
+/* The call that this thread is in. */
+static __thread struct {
+    ort_api api;
+    void *context;
+} calling;
 
 static void *refuse(ort_api api, int code, const char *why) {
     return ((void *(*)(int, const char *))api[CREATE_STATUS])(code, why);
@@ -96,11 +97,11 @@ static void run_task(void *task, size_t worker) {
 
 static void onnx_parallel(void (*function)(void *), void *data, unsigned workers, unsigned flags) {
     (void)flags;
-    ort_api api = calling->api;
+    ort_api api = calling.api;
     onnx_task task = {function, data};
     void *(*parallel)(void *, void (*)(void *, size_t), size_t, size_t, void *) =
         (void *(*)(void *, void (*)(void *, size_t), size_t, size_t, void *))api[PARALLEL_FOR];
-    void *status = parallel(calling_context, run_task, workers, 0, &task);
+    void *status = parallel(calling.context, run_task, workers, 0, &task);
     if (!status) return;
     ((void (*)(void *))api[RELEASE_STATUS])(status);
     function(data); /* takes all tasks itself */
@@ -131,10 +132,9 @@ static int has_shape(const onnx_tensor *t, int64_t rank, int64_t a, int64_t b, i
 }
 
 static int fits(const onnx_tensor *t, int64_t rank, int64_t a, int64_t b, int64_t c) {
-    return !t->data || has_shape(t, rank, a, b, c);
+    return !t->rank || has_shape(t, rank, a, b, c);
 }
 
-/* Data may be NULL where a tensor has no element. */
 static const char *wrong_shape(const onnx_tensor t[INPUTS]) {
     int64_t tokens = t[X].dims[0], inner = t[X].dims[1], slots = t[IDS].dims[1];
     int64_t experts = t[UP].dims[0], width = t[UP].dims[1], outputs = t[DOWN].dims[1];
@@ -191,11 +191,8 @@ static void *compute(void *kernel, void *context) {
     put_matrix(a + 17, t + UP, t + UP_BIAS);
     put_matrix(a + 22, t + GATE, t + GATE_BIAS);
     put_matrix(a + 27, t + DOWN, t + DOWN_BIAS);
-    const onnx_kernel *outer = calling;
-    void *outer_context = calling_context;
-    calling = own, calling_context = context;
+    calling.api = api, calling.context = context;
     int found = sparsify_moe_ffn(a);
-    calling = outer, calling_context = outer_context;
     if (found == BAD_EXPERT) return refuse(api, INVALID_ARGUMENT, "an expert id is not in [-1, E)");
     return found == FINE ? NULL : refuse(api, FAIL, "no memory for the hidden values");
 }
