@@ -145,7 +145,8 @@ def _summary(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> st
     lost = {name: [row for row in rows if row["against_best"][name] < 0.95] for name in _ALLOW}
     fastest = sum(row["ms"]["fused_op"] <= 1.05 * min(row["ms"].values()) for row in rows)
     lines = [
-        f"{len(rows)} cells. `fused_op` is the fastest of all files, or within 5 % of it, in {fastest}. More than 5 % slower than the better of dense and com.microsoft::MoE: "
+        f"{len(rows)} cells. `fused_op` is the fastest of all files, or within 5 % of it, in {fastest}. "
+        "More than 5 % slower than the better of dense and com.microsoft::MoE: "
         + ", ".join(f"`{name}` in {len(rows)}" for name, rows in lost.items())
         + f". Load time over dense: {_loads(results)}.",
         "",
