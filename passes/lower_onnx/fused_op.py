@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from onnx_ir.tape import Tape
 
+from sparsify.cpu.blocks import in_blocks
 from sparsify.passes.lower_onnx.expert_region import ExpertRegion, is_linear
-from sparsify.passes.lower_onnx.values import input_of, optional_input
+from sparsify.passes.lower_onnx.values import dtype_of, input_of, optional_input, packed, stored
 
 DOMAIN = "ai.sparsify"
 
@@ -28,11 +31,13 @@ def lower_fused_op(region: ExpertRegion) -> None:
     """
     tape = Tape()
     linears = sorted(filter(is_linear, region.inner), key=lambda node: node.attributes["gate"].as_int())
-    projections = [optional_input(node, i) for node in linears for i in (1, 2)]
+    projections = [value for node in linears for value in _projection(tape, region.graph, node)]
     gate = [None] * (4 - len(projections))
-    down = [optional_input(region.down, i) for i in (1, 2)]
+    down, down_bias = _projection(tape, region.graph, region.down)
+    if down_bias is None:
+        down_bias = _zero_bias(tape, region.graph, input_of(region.down, 1))
     weights = None if region.unit_weights else _in_fp32(tape, input_of(region.combine, 1))
-    inputs = [*region.dispatch.inputs[:2], weights, *projections, *gate, *down]
+    inputs = [*region.dispatch.inputs[:2], weights, *projections, *gate, down, down_bias]
     activation = region.dispatch.attributes["function"].as_string()
     y = tape.op("MoE", inputs, {"activation": activation}, domain=DOMAIN, version=1)
     region.replace(tape, {region.combine.outputs[0]: y})
@@ -46,6 +51,23 @@ def has_own_ops(model: onnx.ModelProto) -> bool:
 def uses_own_ops(file: Path) -> bool:
     """`has_own_ops` of a file."""
     return has_own_ops(onnx.load(str(file), load_external_data=False))
+
+
+def _projection(tape: Tape, graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Value | None]:
+    """The weight of an `ExpertLinear` in blocks, and its bias."""
+    weight = input_of(node, 1)
+    blocks = in_blocks(torch.from_numpy(stored(weight))).numpy()
+    return packed(tape, graph, f"{weight.name}.in_blocks", blocks, dtype_of(weight)), optional_input(node, 2)
+
+
+def _zero_bias(tape: Tape, graph: ir.Graph, weight: ir.Value) -> ir.Value | None:
+    """`[E, N]`, where the blocks of `weight` `[E, N, M]` have more outputs than N, which the op could not tell."""
+    num_experts, outputs, _ = stored(weight).shape
+    _, blocks, _, size = in_blocks(torch.empty((1, outputs, 0))).shape
+    if blocks * size == outputs:
+        return None
+    zeros = np.zeros((num_experts, outputs), dtype=np.float32)
+    return packed(tape, graph, f"{weight.name}.zero_bias", zeros, ir.DataType.FLOAT)
 
 
 def _in_fp32(tape: Tape, weights: ir.Value) -> ir.Value:

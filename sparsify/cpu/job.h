@@ -14,7 +14,7 @@ enum { FINE, BAD_EXPERT, NO_MEMORY };
 typedef struct {
     const char *data;
     int64_t expert; /* bytes from one expert to the next */
-    int64_t row;    /* bytes from one row to the next */
+    int64_t row;    /* bytes from one output to the next; in blocks, from one input to the next */
     const char *bias;
     int64_t bias_expert;
 } matrix;
@@ -32,15 +32,17 @@ typedef struct {
     const int64_t *ids;
     matrix up, gate, down;
     char *y;
-    int64_t tokens, inner, width, outputs, experts, slots, activation, bf16;
+    int64_t tokens, inner, width, outputs, experts, slots, activation, bf16, in_blocks;
     void (*barrier)(void);
     int64_t *order; /* sorted position -> pair */
     segment *segments;
     int64_t *panel_segment, *largest_first;
-    int64_t num_segments, num_panels, num_rows;
+    int64_t num_segments, num_panels, num_rows, whole_rows; /* whole_rows: outside of panels, of one segment at most */
     int64_t x_panel, hidden_panel, hidden_row; /* bytes */
     char *packed, *hidden_panels, *hidden_rows;
     float *out; /* [pairs][outputs] */
+    const char *after; /* what a thread is likely to read after the last block of a segment, or NULL */
+    int64_t takers;    /* threads that share the blocks of a segment */
     int64_t whole, phase, arrived, next[PHASES], tasks[PHASES];
 } job;
 
@@ -49,6 +51,10 @@ typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 
 static float weight_of(const job *j, int64_t pair) {
     return j->routing ? j->routing[pair] : 1.0f;
+}
+
+static const char *x_of(const job *j, int64_t position) {
+    return j->x + j->order[position] / j->slots * j->x_row;
 }
 
 static int64_t rows_of(const segment *s) {
@@ -63,8 +69,13 @@ static int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-static int64_t blocks_of(int64_t columns) {
-    return (columns + COLUMNS - 1) / COLUMNS;
+/* Outputs of one task. */
+static int64_t block_of(const job *j, const matrix *m) {
+    return j->in_blocks ? m->row / 4 : COLUMNS;
+}
+
+static int64_t parts_of(int64_t whole, int64_t part) {
+    return (whole + part - 1) / part;
 }
 
 INLINE float bias_at(const matrix *m, int64_t expert, int64_t column, int64_t bf16) {

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from sparsify.cpu import build
+from sparsify.cpu.blocks import experts_in_blocks
 from sparsify.cpu.experts import Experts
 from sparsify.kernels.reference import moe_ffn_reference
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_PACK = struct.Struct("32q").pack
+_PACK = struct.Struct("33q").pack
 # As in activations.h.
 _ACTIVATIONS = {"relu": 0, "squared_relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _FINE, _BAD_EXPERT = 0, 1
@@ -75,6 +76,8 @@ def covers(x: Tensor, experts: Experts) -> bool:
 def run(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
     """See `sparsify::moe_ffn`; only where `covers` says so.
 
+    The weights may also be those of `experts_in_blocks`, in fp32.
+
     Raises:
         IndexError: an expert id is not in `[-1, E)`.
         MemoryError: there is no memory for the hidden values.
@@ -84,7 +87,7 @@ def run(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts
 
 def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
     up, down = experts.up_proj, experts.down_proj
-    (num_experts, width, hidden_size), outputs = up.shape, down.shape[1]
+    num_experts, hidden_size, width, outputs = len(up), x.shape[1], down.shape[2], _outputs(experts)
     num_tokens, top_k = expert_ids.shape
     # The kernel reads the memory of what is named here. Conversions that change nothing would cost microseconds.
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -101,6 +104,7 @@ def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tenso
         *_matrix(up, experts.up_bias, size),
         *_matrix(experts.gate_proj, experts.gate_bias, size),
         *_matrix(down, experts.down_bias, size),
+        up.dim() == 4,
     )  # fmt: skip
     assert kernel.call is not None
     status = kernel.call(packed)
@@ -111,10 +115,17 @@ def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tenso
     raise MemoryError(f"no memory for the hidden values of {num_tokens} tokens")
 
 
+def _outputs(experts: Experts) -> int:
+    down, bias = experts.down_proj, experts.down_bias
+    if down.dim() == 3:
+        return down.shape[1]
+    return down.shape[1] * down.shape[3] if bias is None else bias.shape[1]
+
+
 def _matrix(weight: Tensor | None, bias: Tensor | None, size: int) -> tuple[int, int, int, int, int]:
     if weight is None:
         return 0, 0, 0, 0, 0
-    expert, row, _ = weight.stride()
+    expert, row = weight.stride(0), weight.stride(-2)
     if bias is None:
         return weight.data_ptr(), expert * size, row * size, 0, 0
     return weight.data_ptr(), expert * size, row * size, bias.data_ptr(), bias.stride()[0] * size
@@ -179,9 +190,10 @@ def _self_check(kernel: _Kernel) -> str:
             )  # fmt: skip
             x, weights = random(tokens, hidden_size), torch.rand((tokens, top_k), generator=generator)
             ids = torch.randint(-1, num_experts, (tokens, top_k), generator=generator)
-            y = _call(kernel, x, weights, ids, experts).double()
             expected = moe_ffn_reference(x.double(), weights.double(), ids, *experts.double())
-            error = float((y - expected).abs().max() / expected.abs().max())
-            if not error <= bound:
-                return f"its results are wrong: relative error {error:.1e} in {dtype}, at most {bound:.0e} expected"
+            for layout in (experts, experts_in_blocks(experts)) if dtype == torch.float32 else (experts,):
+                y = _call(kernel, x, weights, ids, layout).double()
+                error = float((y - expected).abs().max() / expected.abs().max())
+                if not error <= bound:
+                    return f"its results are wrong: relative error {error:.1e} in {dtype}, at most {bound:.0e} expected"
     return ""

@@ -22,6 +22,8 @@
 
 #include "job.h"
 
+#include "blocks.h"
+
 #include "phases.h"
 
 static void (*const phases[PHASES])(job *, int64_t) = {pack, up, down, combine};
@@ -34,16 +36,21 @@ static void take_tasks(job *j, int64_t phase) {
 /* Segments from packing to down in one thread, with memory for one segment that stays in the cache of its core. */
 static void whole(job *shared) {
     job j = *shared;
-    int64_t up_blocks = blocks_of(j.width), down_blocks = blocks_of(j.outputs);
+    j.takers = 1;
+    int64_t up_blocks = parts_of(j.width, block_of(&j, &j.up));
+    int64_t down_blocks = parts_of(j.outputs, block_of(&j, &j.down));
     int64_t thread = __atomic_fetch_add(&shared->arrived, 1, __ATOMIC_RELAXED);
     for (int64_t task; (task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.num_segments;) {
         int64_t index = j.largest_first[task];
         const segment *s = j.segments + index;
         j.packed = shared->packed + (thread * SEGMENT_PANELS - s->panel) * j.x_panel;
         j.hidden_panels = shared->hidden_panels + (thread * SEGMENT_PANELS - s->panel) * j.hidden_panel;
-        j.hidden_rows = shared->hidden_rows + (thread * ROWS_MAX - s->row) * j.hidden_row;
+        j.hidden_rows = shared->hidden_rows + (thread * j.whole_rows - s->row) * j.hidden_row;
         for (int64_t p = 0; p < s->panels; p++) pack(&j, s->panel + p);
+        j.after = block_at(&j.down, s->expert, 0, j.width);
         for (int64_t b = 0; b < up_blocks; b++) up(&j, index * up_blocks + b);
+        int64_t likely = least(__atomic_load_n(&shared->next[0], __ATOMIC_RELAXED), j.num_segments - 1);
+        j.after = block_at(&j.up, j.segments[j.largest_first[likely]].expert, 0, j.inner);
         for (int64_t b = 0; b < down_blocks; b++) down(&j, index * down_blocks + b);
     }
 }
@@ -114,7 +121,7 @@ static int plan(job *j, int64_t *ends) {
             segment *s = j->segments + j->num_segments;
             int64_t rows = least(count - done, part), over = rows % VL;
             *s = (segment){.expert = e, .first = first + done, .panel = j->num_panels, .row = j->num_rows};
-            s->rows = over <= ROWS_MAX ? over : 0;
+            s->rows = j->in_blocks ? rows : over <= ROWS_MAX ? over : 0;
             s->panel_rows = rows - s->rows;
             s->panels = (s->panel_rows + VL - 1) / VL;
             for (int64_t p = 0; p < s->panels; p++) j->panel_segment[j->num_panels + p] = j->num_segments;
@@ -157,6 +164,7 @@ static int run(job *j, int64_t threads, int64_t poison, parallel_function parall
     j->x_panel = (j->inner * size + 3) / 4 * 4 * VL;
     j->hidden_panel = (j->width * size + 3) / 4 * 4 * VL;
     j->hidden_row = round_up(j->width * size, 64);
+    j->whole_rows = j->in_blocks ? SEGMENT_PANELS * VL : ROWS_MAX;
     /* Every part but the last of an expert holds at least VL rows. */
     int64_t most = least(pairs, j->experts + pairs / VL) + 1;
     int64_t list_bytes = round_up(pairs * 8, 64) + round_up((j->experts + 1) * 8, 64) +
@@ -169,10 +177,11 @@ static int run(job *j, int64_t threads, int64_t poison, parallel_function parall
     j->panel_segment = (int64_t *)cut(&at, most * 8);
     j->largest_first = (int64_t *)cut(&at, most * 8);
     int status = plan(j, ends);
+    j->takers = threads;
     j->whole = divides_well(j, threads);
     if (j->whole) sort_segments(j);
-    int64_t panels = j->whole ? SEGMENT_PANELS * threads : j->num_panels;
-    int64_t rows = j->whole ? ROWS_MAX * threads : j->num_rows;
+    int64_t panels = j->whole && !j->in_blocks ? SEGMENT_PANELS * threads : j->num_panels;
+    int64_t rows = j->whole ? j->whole_rows * threads : j->num_rows;
     int64_t bytes = round_up(panels * j->x_panel, 64) + round_up(panels * j->hidden_panel, 64) +
                     round_up(rows * j->hidden_row, 64) + round_up(pairs * j->outputs * 4, 64) + 64; /* 64 for its size */
     char *scratch = status == FINE ? take(bytes) : NULL;
@@ -185,8 +194,8 @@ static int run(job *j, int64_t threads, int64_t poison, parallel_function parall
         j->hidden_rows = cut(&at, rows * j->hidden_row);
         j->out = (float *)cut(&at, pairs * j->outputs * 4);
         j->tasks[0] = j->num_panels;
-        j->tasks[1] = j->num_segments * blocks_of(j->width);
-        j->tasks[2] = j->num_segments * blocks_of(j->outputs);
+        j->tasks[1] = j->num_segments * parts_of(j->width, block_of(j, &j->up));
+        j->tasks[2] = j->num_segments * parts_of(j->outputs, block_of(j, &j->down));
         j->tasks[3] = (j->tokens + TOKENS - 1) / TOKENS;
         if (threads > 1 && j->barrier) parallel(work, j, (unsigned)threads, 0);
         else if (threads > 1) work_in_phases(j, (unsigned)threads, parallel);
@@ -221,6 +230,7 @@ int sparsify_moe_ffn(const int64_t *a) {
         .up = matrix_at(a + 17),
         .gate = matrix_at(a + 22),
         .down = matrix_at(a + 27),
+        .in_blocks = a[32],
     };
     int64_t chunk = j.experts * SEGMENT_PANELS * VL;
     /* Each chunk reads all weights again: larger ones where their results stay small. */

@@ -1,8 +1,11 @@
 /* The op ai.sparsify::MoE for onnxruntime on the CPU, registered by SessionOptions.register_custom_ops_library(this).
 
      x [T, D], expert_ids [T, K] int64, routing_weights [T, K] or none for ones,
-     up_proj [E, M, D], up_bias [E, M] or none, gate_proj, gate_bias likewise or none, down_proj [E, N, M],
+     up_proj [E, B, D, b], up_bias [E, M] or none, gate_proj, gate_bias likewise or none, down_proj [E, C, M, c],
      down_bias [E, N] or none  ->  y [T, N];  all but the ids in fp32, expert_ids in [-1, E), -1 for an unused slot
+
+   Weights lie in blocks: neuron n is [:, n / b, :, n % b], and the last block may have more than are needed. N is C * c
+   where there is no down_bias.
 
    The C interface of onnxruntime is a table of functions whose order never changes: new ones are appended, by version
    (include/onnxruntime/core/session/onnxruntime_c_api.h; onnxruntime_c_api.cc asserts the last place of each version). So
@@ -72,7 +75,7 @@ typedef struct {
 
 typedef struct {
     const char *data; /* may be NULL where there is no element */
-    int64_t dims[3], rank; /* 0 for an input that is left out */
+    int64_t dims[4], rank; /* 0 for an input that is left out */
 } onnx_tensor;
 
 typedef struct {
@@ -118,7 +121,7 @@ static void *read_tensor(ort_api api, void *context, size_t index, onnx_tensor *
     status = ((void *(*)(const void *, void **))api[SHAPE])(value, &info);
     if (status) return status;
     status = ((void *(*)(void *, size_t *))api[COUNT_DIMENSIONS])(info, &rank);
-    if (!status && rank <= 3) status = ((void *(*)(void *, int64_t *, size_t))api[DIMENSIONS])(info, to->dims, rank);
+    if (!status && rank <= 4) status = ((void *(*)(void *, int64_t *, size_t))api[DIMENSIONS])(info, to->dims, rank);
     ((void (*)(void *))api[RELEASE_SHAPE])(info);
     if (status) return status;
     to->rank = (int64_t)rank;
@@ -127,26 +130,38 @@ static void *read_tensor(ort_api api, void *context, size_t index, onnx_tensor *
     return status;
 }
 
-static int has_shape(const onnx_tensor *t, int64_t rank, int64_t a, int64_t b, int64_t c) {
-    return t->rank == rank && t->dims[0] == a && t->dims[1] == b && (rank < 3 || t->dims[2] == c);
+static int is_matrix(const onnx_tensor *t, int64_t rows, int64_t columns) {
+    return t->rank == 2 && t->dims[0] == rows && t->dims[1] == columns;
 }
 
-static int fits(const onnx_tensor *t, int64_t rank, int64_t a, int64_t b, int64_t c) {
-    return !t->rank || has_shape(t, rank, a, b, c);
+static int may_be_matrix(const onnx_tensor *t, int64_t rows, int64_t columns) {
+    return !t->rank || is_matrix(t, rows, columns);
+}
+
+/* Blocks for all experts, inputs and outputs, and no block without an output. */
+static int has_blocks(const onnx_tensor *t, int64_t experts, int64_t inputs, int64_t outputs) {
+    int64_t blocks = t->dims[1], size = t->dims[3];
+    if (t->rank != 4 || t->dims[0] != experts || t->dims[2] != inputs || size < 1) return 0;
+    return blocks == parts_of(outputs, size);
+}
+
+static int64_t outputs_of(const onnx_tensor t[INPUTS]) {
+    return t[DOWN_BIAS].rank ? t[DOWN_BIAS].dims[1] : t[DOWN].dims[1] * t[DOWN].dims[3];
 }
 
 static const char *wrong_shape(const onnx_tensor t[INPUTS]) {
     int64_t tokens = t[X].dims[0], inner = t[X].dims[1], slots = t[IDS].dims[1];
-    int64_t experts = t[UP].dims[0], width = t[UP].dims[1], outputs = t[DOWN].dims[1];
+    int64_t experts = t[UP].dims[0], width = t[DOWN].dims[2], outputs = outputs_of(t);
     if (t[X].rank != 2) return "x must be [T, D]";
-    if (!has_shape(t + IDS, 2, tokens, slots, 0)) return "expert_ids must be [T, K]";
-    if (!fits(t + ROUTING, 2, tokens, slots, 0)) return "routing_weights must be [T, K]";
-    if (!has_shape(t + UP, 3, experts, width, inner) || !fits(t + UP_BIAS, 2, experts, width, 0))
-        return "up_proj must be [E, M, D], its bias [E, M]";
-    if (!fits(t + GATE, 3, experts, width, inner) || !fits(t + GATE_BIAS, 2, experts, width, 0))
-        return "gate_proj must be [E, M, D], its bias [E, M]";
-    if (!has_shape(t + DOWN, 3, experts, outputs, width) || !fits(t + DOWN_BIAS, 2, experts, outputs, 0))
-        return "down_proj must be [E, N, M], its bias [E, N]";
+    if (!is_matrix(t + IDS, tokens, slots)) return "expert_ids must be [T, K]";
+    if (!may_be_matrix(t + ROUTING, tokens, slots)) return "routing_weights must be [T, K]";
+    if (!has_blocks(t + UP, experts, inner, width) || !may_be_matrix(t + UP_BIAS, experts, width))
+        return "up_proj must be [E, B, D, b], its bias [E, M]";
+    int same_blocks = has_blocks(t + GATE, experts, inner, width) && t[GATE].dims[3] == t[UP].dims[3];
+    if ((t[GATE].rank && !same_blocks) || !may_be_matrix(t + GATE_BIAS, experts, width))
+        return "gate_proj must be [E, B, D, b] like up_proj, its bias [E, M]";
+    if (!has_blocks(t + DOWN, experts, width, outputs) || !may_be_matrix(t + DOWN_BIAS, experts, outputs))
+        return "down_proj must be [E, C, M, c], its bias [E, N]";
     return NULL;
 }
 
@@ -155,9 +170,9 @@ static int64_t address(const void *pointer) {
 }
 
 static void put_matrix(int64_t *a, const onnx_tensor *weight, const onnx_tensor *bias) {
-    int64_t row = weight->dims[2] * 4;
-    a[0] = address(weight->data), a[1] = weight->dims[1] * row, a[2] = row;
-    a[3] = address(bias->data), a[4] = weight->dims[1] * 4;
+    int64_t row = weight->dims[3] * 4;
+    a[0] = address(weight->data), a[1] = weight->dims[1] * weight->dims[2] * row, a[2] = row;
+    a[3] = address(bias->data), a[4] = bias->dims[1] * 4;
 }
 
 /* How many threads a session has is not told: workers that are too many find no task left. */
@@ -176,14 +191,14 @@ static void *compute(void *kernel, void *context) {
     }
     const char *wrong = wrong_shape(t);
     if (wrong) return refuse(api, INVALID_ARGUMENT, wrong);
-    int64_t shape[2] = {t[X].dims[0], t[DOWN].dims[1]};
+    int64_t shape[2] = {t[X].dims[0], outputs_of(t)};
     void *value = NULL, *y = NULL;
     void *status = ((void *(*)(void *, size_t, const int64_t *, size_t, void **))api[OUTPUT])(context, 0, shape, 2, &value);
     if (!status) status = ((void *(*)(void *, void **))api[TENSOR_DATA])(value, &y);
     if (status) return status;
-    int64_t slots = t[IDS].dims[1], width = t[UP].dims[1];
+    int64_t slots = t[IDS].dims[1], width = t[DOWN].dims[2];
     int64_t operations = shape[0] * slots * width * (t[X].dims[1] + shape[1]);
-    int64_t a[32] = {
+    int64_t a[33] = {
         address(t[X].data), t[X].dims[1] * 4, address(t[ROUTING].data), address(t[IDS].data), address(y),
         shape[0], t[X].dims[1], width, shape[1], t[UP].dims[0], slots,
         own->activation, 0, workers_for(operations), 0, address((const void *)onnx_parallel), 0,
@@ -191,6 +206,7 @@ static void *compute(void *kernel, void *context) {
     put_matrix(a + 17, t + UP, t + UP_BIAS);
     put_matrix(a + 22, t + GATE, t + GATE_BIAS);
     put_matrix(a + 27, t + DOWN, t + DOWN_BIAS);
+    a[32] = 1; /* in blocks */
     calling.api = api, calling.context = context;
     int found = sparsify_moe_ffn(a);
     if (found == BAD_EXPERT) return refuse(api, INVALID_ARGUMENT, "an expert id is not in [-1, E)");

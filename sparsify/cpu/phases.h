@@ -1,9 +1,5 @@
 /* One task of each of the four phases; see moe_ffn.c. */
 
-static const char *x_of(const job *j, int64_t position) {
-    return j->x + j->order[position] / j->slots * j->x_row;
-}
-
 static void pack(job *j, int64_t panel) {
     const segment *s = j->segments + j->panel_segment[panel];
     int64_t done = (panel - s->panel) * VL, bytes = j->inner * (j->bf16 ? 2 : 4);
@@ -109,9 +105,12 @@ static void up_rows(job *j, const segment *s, int64_t first, int64_t columns) {
 }
 
 static void up(job *j, int64_t task) {
-    int64_t blocks = blocks_of(j->width);
+    int64_t block = block_of(j, &j->up), blocks = parts_of(j->width, block);
     const segment *s = j->segments + task / blocks;
-    int64_t first = task % blocks * COLUMNS, columns = least(j->width - first, COLUMNS);
+    int64_t first = task % blocks * block, columns = least(j->width - first, block);
+    for (int64_t n = 0; j->in_blocks && n < columns; n += OUTPUTS)
+        up_outputs(j, s, first + n, least(columns - n, OUTPUTS));
+    if (j->in_blocks) return;
     if (s->panels) up_panels(j, s, first, columns);
     if (s->rows) up_rows(j, s, first, columns);
 }
@@ -161,9 +160,12 @@ static void down_rows(job *j, const segment *s, int64_t first, int64_t columns) 
 }
 
 static void down(job *j, int64_t task) {
-    int64_t blocks = blocks_of(j->outputs);
+    int64_t block = block_of(j, &j->down), blocks = parts_of(j->outputs, block);
     const segment *s = j->segments + task / blocks;
-    int64_t first = task % blocks * COLUMNS, columns = least(j->outputs - first, COLUMNS);
+    int64_t first = task % blocks * block, columns = least(j->outputs - first, block);
+    for (int64_t n = 0; j->in_blocks && n < columns; n += OUTPUTS)
+        down_outputs(j, s, first + n, least(columns - n, OUTPUTS));
+    if (j->in_blocks) return;
     if (s->panels) down_panels(j, s, first, columns);
     if (s->rows) down_rows(j, s, first, columns);
 }

@@ -10,17 +10,21 @@
 #define TILE_ROWS 6     /* rows of the dot product tile, by 4 columns: 24 accumulators of 32 registers */
 #define TILE_COLUMNS 12 /* columns of the lane tile, by TILE_PANELS vectors */
 #define TILE_PANELS 2
+#define WIDE 4 /* vectors of a tile of weights in blocks, by TALL rows */
 #elif defined(__AVX2__)
 #define VL 8
 #define TILE_ROWS 3
 #define TILE_COLUMNS 4
 #define TILE_PANELS 3
+#define WIDE 2
 #else
 #define VL 4
 #define TILE_ROWS 3
 #define TILE_COLUMNS 4
 #define TILE_PANELS 3
+#define WIDE 2
 #endif
+#define TALL 6
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -63,8 +67,11 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 #define PAIR_HIGH HIGH
 #endif
 
+/* As an integer: to 0 + value the compiler adds. */
 INLINE vf splat(float value) {
-    return (vf){0} + value;
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (vf)((vu){0} + bits);
 }
 
 INLINE vu load(const void *from) {
@@ -76,6 +83,7 @@ INLINE vu load(const void *from) {
 /* The first bytes of a vector, an even number, the rest 0. A copy of so many bytes would be a call. */
 INLINE vu load_part(const void *from, int64_t bytes) {
 #if VL == 4
+    if (bytes == VL * 4) return load(from);
     vu v = {0};
     memcpy(&v, from, (size_t)bytes);
     return v;

@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsify.cpu import build, onnx_library
+from sparsify.cpu.blocks import in_blocks
 from sparsify.cpu.kernel import kernel_status
 from sparsify.cpu.onnx_library import onnx_ops_library
 from sparsify.errors import ExportError
@@ -24,6 +25,7 @@ from sparsify.kernels.reference import ACTIVATIONS, moe_ffn_reference
 pytestmark = pytest.mark.skipif(not kernel_status().available, reason=kernel_status().reason)
 
 NAMES = ["x", "ids", "routing", "up", "up_bias", "gate", "gate_bias", "down", "down_bias"]
+WEIGHTS = ["up", "gate", "down"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Op:
     def with_input(self, name: str, array: np.ndarray) -> Op:
         return Op(self.activation, self.inputs | {name: array})
 
+    def stored(self, name: str) -> np.ndarray:
+        """As the file holds it."""
+        array = self.inputs[name]
+        return in_blocks(torch.from_numpy(array)).numpy() if name in WEIGHTS and array.ndim == 3 else array
+
     def file(self) -> bytes:
         inputs = [name if name in self.inputs else "" for name in NAMES]
         node = helper.make_node("MoE", inputs, ["y"], domain="ai.sparsify", activation=self.activation)
@@ -47,7 +54,7 @@ class Op:
             for name in NAMES[:3]
             if name in self.inputs
         ]
-        stored = [numpy_helper.from_array(self.inputs[name], name) for name in NAMES[3:] if name in self.inputs]
+        stored = [numpy_helper.from_array(self.stored(name), name) for name in NAMES[3:] if name in self.inputs]
         outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])]
         graph = helper.make_graph([node], "layer", fed, outputs, stored)
         versions = [helper.make_opsetid("", 20), helper.make_opsetid("ai.sparsify", 1)]
@@ -154,11 +161,12 @@ def test_experts_that_were_not_chosen_are_not_read() -> None:
         ("ids", np.zeros((52, 2), np.int64), r"expert_ids must be \[T, K\]"),
         ("routing", np.ones((53, 3), np.float32), r"routing_weights must be \[T, K\]"),
         ("routing", np.ones((53, 0), np.float32), r"routing_weights must be \[T, K\]"),
-        ("x", np.ones((53, 36), np.float32), r"up_proj must be \[E, M, D\]"),
-        ("up_bias", np.ones((5, 18), np.float32), r"up_proj must be \[E, M, D\], its bias"),
-        ("gate", np.ones((4, 19, 37), np.float32), r"gate_proj must be \[E, M, D\]"),
-        ("down", np.ones((5, 23, 20), np.float32), r"down_proj must be \[E, N, M\]"),
-        ("down_bias", np.ones((5, 19), np.float32), r"down_proj must be \[E, N, M\], its bias"),
+        ("x", np.ones((53, 36), np.float32), r"up_proj must be \[E, B, D, b\]"),
+        ("up_bias", np.ones((5, 18), np.float32), r"up_proj must be \[E, B, D, b\], its bias"),
+        ("gate", np.ones((4, 19, 37), np.float32), r"gate_proj must be \[E, B, D, b\]"),
+        ("down", np.ones((5, 23, 20), np.float32), r"up_proj must be \[E, B, D, b\]"),
+        ("down", np.ones((4, 23, 19), np.float32), r"down_proj must be \[E, C, M, c\]"),
+        ("down_bias", np.ones((5, 24), np.float32), r"down_proj must be \[E, C, M, c\], its bias"),
     ],
 )
 def test_refuses_what_does_not_fit(name: str, array: np.ndarray, message: str) -> None:

@@ -1,0 +1,164 @@
+/* The phases up and down with weights in blocks [inner][outputs of a block], in fp32: a lane is an output, the elements of
+   a row are broadcast. Rows are read where they lie and no lane stays empty for want of rows, so a few rows run at nearly
+   the speed of many, and a block is read from its first byte to its last. */
+
+#define OUTPUTS 64       /* of a block at a time */
+#define INPUTS_AT_ONCE 128 /* where a block is wider than a tile: all its tiles go over so many before the next */
+#define MOST_WIDE 4 /* of a tile with few rows */
+#define BYTES_AHEAD 8192 /* between what is computed and what is fetched, where a block is read once */
+
+/* What a tile fetches beside its own work: a line for every vector of weights, `step` bytes further with each input. */
+typedef struct {
+    const char *at;
+    int64_t step;
+} fetch;
+
+/* One of the tiles of rows that a block is multiplied with. */
+typedef struct {
+    int64_t number, of;
+} turn;
+
+/* z [rows][z_row] += a[:, from : to] w: rows <= TALL by vectors <= WIDE, the last with `last` outputs. Weights of one
+   input are `width` after those of the one before. */
+INLINE void tile_outputs(const float *const *a, const float *w, int64_t width, int64_t from, int64_t to, int rows,
+                         int vectors, int64_t last, fetch next, float *z, int64_t z_row) {
+    vf acc[TALL][MOST_WIDE];
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        UNROLL
+        for (int v = 0; v < vectors; v++) acc[i][v] = loadf(z + i * z_row + v * VL);
+    w += from * width;
+    next.at += from * next.step;
+    for (int64_t d = from; d < to; d++, w += width, next.at += next.step) {
+        vf weight[MOST_WIDE];
+        UNROLL
+        for (int v = 0; v < vectors; v++) {
+            weight[v] = v < vectors - 1 || last == VL ? loadf(w + v * VL) : (vf)load_part(w + v * VL, last * 4);
+            if (v * VL * 4 % LINE == 0) __builtin_prefetch(next.at + v * VL * 4);
+        }
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            vf value = splat(a[i][d]);
+            UNROLL
+            for (int v = 0; v < vectors; v++) acc[i][v] += value * weight[v];
+        }
+    }
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        UNROLL
+        for (int v = 0; v < vectors; v++) storef(z + i * z_row + v * VL, acc[i][v]);
+}
+
+INLINE void rows_by_outputs(const float *const *a, int64_t rows, const float *w, int64_t width, int64_t from, int64_t to,
+                            int vectors, int64_t last, fetch next, float *z, int64_t z_row) {
+    switch (rows) {
+    case 6: tile_outputs(a, w, width, from, to, 6, least(vectors, WIDE), last, next, z, z_row); break;
+    case 5: tile_outputs(a, w, width, from, to, 5, least(vectors, WIDE), last, next, z, z_row); break;
+    case 4: tile_outputs(a, w, width, from, to, 4, least(vectors, WIDE), last, next, z, z_row); break;
+    case 3: tile_outputs(a, w, width, from, to, 3, vectors, last, next, z, z_row); break;
+    case 2: tile_outputs(a, w, width, from, to, 2, vectors, last, next, z, z_row); break;
+    default: tile_outputs(a, w, width, from, to, 1, vectors, last, next, z, z_row);
+    }
+}
+
+INLINE void tile_of(const float *const *a, int64_t rows, const float *w, int64_t width, int64_t from, int64_t to,
+                    int64_t vectors, int64_t last, fetch next, float *z, int64_t z_row) {
+    switch (vectors) {
+    case 4: rows_by_outputs(a, rows, w, width, from, to, 4, last, next, z, z_row); break;
+    case 3: rows_by_outputs(a, rows, w, width, from, to, 3, last, next, z, z_row); break;
+    case 2: rows_by_outputs(a, rows, w, width, from, to, 2, last, next, z, z_row); break;
+    default: rows_by_outputs(a, rows, w, width, from, to, 1, last, next, z, z_row);
+    }
+}
+
+/* Of so many outputs: loads under a mask, which cost more, only where there is a rest. */
+static void tile_part(const float *const *a, int64_t rows, const float *w, int64_t width, int64_t from, int64_t to,
+                      int64_t outputs, fetch next, float *z, int64_t z_row) {
+    int64_t vectors = parts_of(outputs, VL), last = outputs % VL;
+    if (last) tile_of(a, rows, w, width, from, to, vectors, last, next, z, z_row);
+    else tile_of(a, rows, w, width, from, to, vectors, VL, next, z, z_row);
+}
+
+static const char *block_at(const matrix *m, int64_t expert, int64_t number, int64_t inner) {
+    return m->data + expert * m->expert + number * inner * m->row;
+}
+
+/* Each turn fetches its share of the next block: memory is then read at an even pace, not while one tile waits. */
+static fetch to_fetch(turn now, const char *block, const char *next_block, int64_t inner, int64_t row) {
+    if (now.of == 1) return (fetch){block + BYTES_AHEAD, row};
+    if (!next_block) return (fetch){block + (now.number ? 0 : BYTES_AHEAD), row};
+    int64_t step = row / now.of;
+    return (fetch){next_block + now.number * inner * step, step};
+}
+
+/* rows <= TALL by the outputs <= OUTPUTS from `first` on, which lie in one block, to z [rows][outputs to whole vectors]. */
+static void product_outputs(const float *const *a, int64_t rows, const matrix *m, int64_t expert, int64_t first,
+                            int64_t outputs, int64_t inner, turn now, const char *next_block, float *z) {
+    int64_t width = m->row / 4, z_row = round_up(outputs, VL), wide = (rows > TALL / 2 ? WIDE : MOST_WIDE) * VL;
+    const char *block = block_at(m, expert, first / width, inner);
+    const float *w = (const float *)block + first % width;
+    const float *bias = m->bias ? (const float *)(m->bias + expert * m->bias_expert) + first : NULL;
+    fetch next = to_fetch(now, block, next_block, inner, m->row);
+    for (int64_t n = 0; n < outputs; n += VL)
+        for (int64_t i = 0; i < rows; i++)
+            storef(z + i * z_row + n, bias ? (vf)load_part(bias + n, least(outputs - n, VL) * 4) : splat(0.0f));
+    int64_t part = outputs <= wide ? inner : INPUTS_AT_ONCE;
+    for (int64_t from = 0; from < inner; from += part)
+        for (int64_t n = 0; n < outputs; n += wide) {
+            fetch beside = {next.at + n * 4, next.step};
+            tile_part(a, rows, w + n, width, from, least(from + part, inner), least(outputs - n, wide), beside, z + n, z_row);
+        }
+}
+
+/* How many of the rows left a turn takes, so that all take about as many. */
+static int64_t rows_of_turn(turn now, int64_t left) {
+    return parts_of(left, now.of - now.number);
+}
+
+/* The block that is likely to be needed next. */
+static const char *block_after(const job *j, const matrix *m, int64_t expert, int64_t number, int64_t outputs,
+                               int64_t inner) {
+    number += j->takers;
+    return number * (m->row / 4) < outputs ? block_at(m, expert, number, inner) : j->after;
+}
+
+static void up_outputs(job *j, const segment *s, int64_t first, int64_t outputs) {
+    int64_t lanes = round_up(outputs, VL), number = first / (j->up.row / 4);
+    const char *next = block_after(j, &j->up, s->expert, number, j->width, j->inner);
+    const char *next_gate = j->gate.data ? block_after(j, &j->gate, s->expert, number, j->width, j->inner) : NULL;
+    turn now = {0, parts_of(s->rows, TALL)};
+    for (int64_t done = 0, rows; done < s->rows; done += rows, now.number++) {
+        float z[TALL * OUTPUTS], gate[TALL * OUTPUTS];
+        const float *a[TALL];
+        rows = rows_of_turn(now, s->rows - done);
+        for (int64_t i = 0; i < rows; i++) a[i] = (const float *)x_of(j, s->first + done + i);
+        product_outputs(a, rows, &j->up, s->expert, first, outputs, j->inner, now, next, z);
+        if (j->gate.data)
+            product_outputs(a, rows, &j->gate, s->expert, first, outputs, j->inner, now, next_gate, gate);
+        activate(j->gate.data ? gate : z, rows * lanes, (int)j->activation);
+        if (j->gate.data)
+            for (int64_t i = 0; i < rows * lanes; i++) z[i] *= gate[i];
+        for (int64_t i = 0; i < rows; i++) {
+            char *to = j->hidden_rows + (s->row + done + i) * j->hidden_row + first * 4;
+            memcpy(to, z + i * lanes, (size_t)outputs * 4);
+        }
+    }
+}
+
+static void down_outputs(job *j, const segment *s, int64_t first, int64_t outputs) {
+    int64_t lanes = round_up(outputs, VL);
+    const char *next = block_after(j, &j->down, s->expert, first / (j->down.row / 4), j->outputs, j->width);
+    turn now = {0, parts_of(s->rows, TALL)};
+    for (int64_t done = 0, rows; done < s->rows; done += rows, now.number++) {
+        float z[TALL * OUTPUTS];
+        const float *a[TALL];
+        rows = rows_of_turn(now, s->rows - done);
+        for (int64_t i = 0; i < rows; i++) a[i] = (const float *)(j->hidden_rows + (s->row + done + i) * j->hidden_row);
+        product_outputs(a, rows, &j->down, s->expert, first, outputs, j->width, now, next, z);
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t pair = j->order[s->first + done + i];
+            float *to = j->out + pair * j->outputs + first, weight = weight_of(j, pair);
+            for (int64_t n = 0; n < outputs; n++) to[n] = z[i * lanes + n] * weight;
+        }
+    }
+}

@@ -1,0 +1,84 @@
+"""Weights in blocks: laid out as said, and computed with as right and repeatably as with weights in rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsify.cpu import kernel
+from sparsify.cpu.blocks import experts_in_blocks, in_blocks
+
+needs_kernel = pytest.mark.skipif(not kernel.kernel_status().available, reason=kernel.kernel_status().reason)
+
+# tokens, hidden_size, width, out_features, num_experts, top_k: one token, primes, K = 1, K = E; tiles of every height;
+# blocks that fill a vector, all of them, one and a part; several blocks, segments, chunks.
+SHAPES = [
+    (1, 64, 48, 64, 4, 2), (1, 7, 5, 3, 3, 3), (53, 101, 67, 71, 3, 1), (37, 33, 17, 29, 5, 3), (20, 64, 96, 128, 1, 1),
+    (300, 96, 50, 64, 2, 2), (64, 48, 129, 47, 8, 2), (11, 1, 1, 1, 2, 1), (2100, 9, 5, 7, 3, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("outputs", [1, 5, 16, 63, 64, 65, 96, 128, 131, 768])
+def test_layout(outputs):
+    """Protects: every weight is where it is said to be, in few blocks, and padding is small and zero."""
+    weight = torch.randn(3, outputs, 7)
+    blocks = in_blocks(weight)
+    _, number, inputs, size = blocks.shape
+    assert blocks.is_contiguous()
+    assert (inputs, number) == (7, -(-outputs // 64))
+    assert size <= 64
+    assert 0 <= number * size - outputs < number
+    for n in range(outputs):
+        assert torch.equal(blocks[:, n // size, :, n % size], weight[:, n])
+    assert not blocks.transpose(2, 3).flatten(1, 2)[:, outputs:].any()
+
+
+def test_no_outputs():
+    """Protects: an empty layer has no block."""
+    assert in_blocks(torch.randn(3, 0, 7)).shape[:3] == (3, 0, 7)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.usefixtures("poison")
+def test_equals_the_reference(shape, gated, biased, make_layer, error_of):
+    """Protects: tails of every dimension, tiles of every height, and unwritten memory."""
+    x, weights, ids, experts = layer = make_layer(*shape, gated=gated, biased=biased)
+    blocks = experts_in_blocks(experts)
+    if not biased:  # without one the kernel cannot tell how many outputs are padding
+        blocks = blocks._replace(down_bias=torch.zeros(experts.down_proj.shape[:2]))
+    assert error_of(kernel.run(x, weights, ids, blocks), layer) <= 1.5e-6
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("tokens", "width", "num_experts"),
+    [(9, 900, 2), (380, 900, 2), (1500, 192, 40)],  # one tile, shared segments, whole segments
+)
+@pytest.mark.usefixtures("poison")
+def test_same_bits_with_any_number_of_threads(tokens, width, num_experts, make_layer, error_of):
+    """Protects: no sum depends on who computes it or how high its tile is."""
+    x, weights, ids, experts = layer = make_layer(tokens, 256, width, 256, num_experts, 2, gated=True)
+    blocks, before = experts_in_blocks(experts), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(kernel.run(x, weights, ids, blocks))
+    finally:
+        torch.set_num_threads(before)
+    assert error_of(results[0], layer) <= 1.5e-6
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_kernel
+def test_unused_slots(make_layer, error_of):
+    """Protects: a slot of id -1 adds nothing, and a token may have none."""
+    x, weights, ids, experts = make_layer(29, 40, 24, 72, 5, 3)
+    ids[torch.rand(29, 3) < 0.4] = -1
+    ids[0] = -1
+    y = kernel.run(x, weights, ids, experts_in_blocks(experts))
+    assert error_of(y, (x, weights, ids, experts)) <= 1.5e-6
+    assert not y[0].any()
