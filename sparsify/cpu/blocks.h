@@ -1,11 +1,11 @@
-/* The phases up and down with weights in blocks [inner][outputs of a block], in fp32: a lane is an output, the elements of
-   a row are broadcast. Rows are read where they lie and no lane stays empty for want of rows, so a few rows run at nearly
-   the speed of many, and a block is read from its first byte to its last. */
+/* The phases up and down with weights in blocks [inner][outputs of a block], in fp32: a lane is an output, the elements
+   of a row are broadcast. Rows are read where they lie and no lane stays empty for want of rows, so a few rows run at
+   nearly the speed of many, and a block is read from its first byte to its last. */
 
-#define OUTPUTS 64       /* of a block at a time */
+#define OUTPUTS 64         /* of a block at a time */
 #define INPUTS_AT_ONCE 128 /* where a block is wider than a tile: all its tiles go over so many before the next */
-#define MOST_WIDE 4 /* of a tile with few rows */
-#define BYTES_AHEAD 8192 /* between what is computed and what is fetched, where a block is read once */
+#define MOST_WIDE 4        /* vectors of a tile with few rows */
+#define BYTES_AHEAD 8192   /* between what is computed and what is fetched, where a block is read once */
 
 /* What a tile fetches beside its own work: a line for every vector of weights, `step` bytes further with each input. */
 typedef struct {
@@ -18,15 +18,28 @@ typedef struct {
     int64_t number, of;
 } turn;
 
-/* z [rows][z_row] += a[:, from : to] w: rows <= TALL by vectors <= WIDE, the last with `last` outputs. Weights of one
-   input are `width` after those of the one before. */
+/* Where the sums of a tile go: z[i] = [z[i] +] (scale[i] bias + a[i] w), row by row. */
+typedef struct {
+    float *z[TALL];
+    float scale[TALL];
+    const float *bias;
+    int64_t adds; /* to what is there; then all inputs are taken at once */
+} sums;
+
+/* Of inputs `from` to `to`, rows <= TALL by vectors <= MOST_WIDE, the last with `last` outputs; they are `first` outputs
+   into z and bias. Weights of one input are `width` after those of the one before. */
 INLINE void tile_outputs(const float *const *a, const float *w, int64_t width, int64_t from, int64_t to, int rows,
-                         int vectors, int64_t last, fetch next, float *z, int64_t z_row) {
+                         int vectors, int64_t last, fetch next, const sums *s, int64_t first) {
     vf acc[TALL][MOST_WIDE];
     UNROLL
-    for (int i = 0; i < rows; i++)
+    for (int v = 0; v < vectors; v++) {
+        int64_t at = first + v * VL, bytes = (v < vectors - 1 ? VL : last) * 4;
+        vf bias = s->bias && !from ? (vf)load_part(s->bias + at, bytes) : splat(0.0f);
         UNROLL
-        for (int v = 0; v < vectors; v++) acc[i][v] = loadf(z + i * z_row + v * VL);
+        for (int i = 0; i < rows; i++) {
+            acc[i][v] = from ? (vf)load_part(s->z[i] + at, bytes) : splat(s->scale[i]) * bias;
+        }
+    }
     w += from * width;
     next.at += from * next.step;
     for (int64_t d = from; d < to; d++, w += width, next.at += next.step) {
@@ -46,37 +59,41 @@ INLINE void tile_outputs(const float *const *a, const float *w, int64_t width, i
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
-        for (int v = 0; v < vectors; v++) storef(z + i * z_row + v * VL, acc[i][v]);
+        for (int v = 0; v < vectors; v++) {
+            int64_t at = first + v * VL, bytes = (v < vectors - 1 ? VL : last) * 4;
+            if (s->adds) acc[i][v] += (vf)load_part(s->z[i] + at, bytes);
+            store_part(s->z[i] + at, acc[i][v], bytes);
+        }
 }
 
-INLINE void rows_by_outputs(const float *const *a, int64_t rows, const float *w, int64_t width, int64_t from, int64_t to,
-                            int vectors, int64_t last, fetch next, float *z, int64_t z_row) {
+INLINE void rows_by_outputs(const float *const *a, int64_t rows, const float *w, int64_t width, int64_t from,
+                            int64_t to, int vectors, int64_t last, fetch next, const sums *s, int64_t first) {
     switch (rows) {
-    case 6: tile_outputs(a, w, width, from, to, 6, least(vectors, WIDE), last, next, z, z_row); break;
-    case 5: tile_outputs(a, w, width, from, to, 5, least(vectors, WIDE), last, next, z, z_row); break;
-    case 4: tile_outputs(a, w, width, from, to, 4, least(vectors, WIDE), last, next, z, z_row); break;
-    case 3: tile_outputs(a, w, width, from, to, 3, vectors, last, next, z, z_row); break;
-    case 2: tile_outputs(a, w, width, from, to, 2, vectors, last, next, z, z_row); break;
-    default: tile_outputs(a, w, width, from, to, 1, vectors, last, next, z, z_row);
+    case 6: tile_outputs(a, w, width, from, to, 6, least(vectors, WIDE), last, next, s, first); break;
+    case 5: tile_outputs(a, w, width, from, to, 5, least(vectors, WIDE), last, next, s, first); break;
+    case 4: tile_outputs(a, w, width, from, to, 4, least(vectors, WIDE), last, next, s, first); break;
+    case 3: tile_outputs(a, w, width, from, to, 3, vectors, last, next, s, first); break;
+    case 2: tile_outputs(a, w, width, from, to, 2, vectors, last, next, s, first); break;
+    default: tile_outputs(a, w, width, from, to, 1, vectors, last, next, s, first);
     }
 }
 
 INLINE void tile_of(const float *const *a, int64_t rows, const float *w, int64_t width, int64_t from, int64_t to,
-                    int64_t vectors, int64_t last, fetch next, float *z, int64_t z_row) {
+                    int64_t vectors, int64_t last, fetch next, const sums *s, int64_t first) {
     switch (vectors) {
-    case 4: rows_by_outputs(a, rows, w, width, from, to, 4, last, next, z, z_row); break;
-    case 3: rows_by_outputs(a, rows, w, width, from, to, 3, last, next, z, z_row); break;
-    case 2: rows_by_outputs(a, rows, w, width, from, to, 2, last, next, z, z_row); break;
-    default: rows_by_outputs(a, rows, w, width, from, to, 1, last, next, z, z_row);
+    case 4: rows_by_outputs(a, rows, w, width, from, to, 4, last, next, s, first); break;
+    case 3: rows_by_outputs(a, rows, w, width, from, to, 3, last, next, s, first); break;
+    case 2: rows_by_outputs(a, rows, w, width, from, to, 2, last, next, s, first); break;
+    default: rows_by_outputs(a, rows, w, width, from, to, 1, last, next, s, first);
     }
 }
 
 /* Of so many outputs: loads under a mask, which cost more, only where there is a rest. */
 static void tile_part(const float *const *a, int64_t rows, const float *w, int64_t width, int64_t from, int64_t to,
-                      int64_t outputs, fetch next, float *z, int64_t z_row) {
+                      int64_t outputs, fetch next, const sums *s, int64_t first) {
     int64_t vectors = parts_of(outputs, VL), last = outputs % VL;
-    if (last) tile_of(a, rows, w, width, from, to, vectors, last, next, z, z_row);
-    else tile_of(a, rows, w, width, from, to, vectors, VL, next, z, z_row);
+    if (last) tile_of(a, rows, w, width, from, to, vectors, last, next, s, first);
+    else tile_of(a, rows, w, width, from, to, vectors, VL, next, s, first);
 }
 
 static const char *block_at(const matrix *m, int64_t expert, int64_t number, int64_t inner) {
@@ -91,23 +108,21 @@ static fetch to_fetch(turn now, const char *block, const char *next_block, int64
     return (fetch){next_block + now.number * inner * step, step};
 }
 
-/* rows <= TALL by the outputs <= OUTPUTS from `first` on, which lie in one block, to z [rows][outputs to whole vectors]. */
+/* rows <= TALL by the outputs <= OUTPUTS from `first` on, which lie in one block. z and bias begin at `first`. */
 static void product_outputs(const float *const *a, int64_t rows, const matrix *m, int64_t expert, int64_t first,
-                            int64_t outputs, int64_t inner, turn now, const char *next_block, float *z) {
-    int64_t width = m->row / 4, z_row = round_up(outputs, VL), wide = (rows > TALL / 2 ? WIDE : MOST_WIDE) * VL;
+                            int64_t outputs, int64_t inner, turn now, const char *next_block, const sums *s) {
+    int64_t width = m->row / 4, wide = (rows > TALL / 2 ? WIDE : MOST_WIDE) * VL;
     const char *block = block_at(m, expert, first / width, inner);
     const float *w = (const float *)block + first % width;
-    const float *bias = m->bias ? (const float *)(m->bias + expert * m->bias_expert) + first : NULL;
     fetch next = to_fetch(now, block, next_block, inner, m->row);
-    for (int64_t n = 0; n < outputs; n += VL)
-        for (int64_t i = 0; i < rows; i++)
-            storef(z + i * z_row + n, bias ? (vf)load_part(bias + n, least(outputs - n, VL) * 4) : splat(0.0f));
-    int64_t part = outputs <= wide ? inner : INPUTS_AT_ONCE;
-    for (int64_t from = 0; from < inner; from += part)
+    int64_t part = outputs <= wide ? inner : INPUTS_AT_ONCE, from = 0;
+    do {
         for (int64_t n = 0; n < outputs; n += wide) {
             fetch beside = {next.at + n * 4, next.step};
-            tile_part(a, rows, w + n, width, from, least(from + part, inner), least(outputs - n, wide), beside, z + n, z_row);
+            tile_part(a, rows, w + n, width, from, least(from + part, inner), least(outputs - n, wide), beside, s, n);
         }
+        from += part;
+    } while (from < inner); /* once where there is no input: then the bias is all */
 }
 
 /* How many of the rows left a turn takes, so that all take about as many. */
@@ -122,43 +137,70 @@ static const char *block_after(const job *j, const matrix *m, int64_t expert, in
     return number * (m->row / 4) < outputs ? block_at(m, expert, number, inner) : j->after;
 }
 
+static const float *bias_of(const matrix *m, int64_t expert, int64_t first) {
+    return m->bias ? (const float *)(m->bias + expert * m->bias_expert) + first : NULL;
+}
+
+/* Into rows of `z`, not weighted. */
+static sums plain_sums(float *z, int64_t row, const float *bias) {
+    sums s = {.bias = bias};
+    for (int64_t i = 0; i < TALL; i++) s.z[i] = z + i * row, s.scale[i] = 1.0f;
+    return s;
+}
+
+/* Of hidden values that are multiplied by the routing weight of their pair. */
 static void up_outputs(job *j, const segment *s, int64_t first, int64_t outputs) {
     int64_t lanes = round_up(outputs, VL), number = first / (j->up.row / 4);
     const char *next = block_after(j, &j->up, s->expert, number, j->width, j->inner);
     const char *next_gate = j->gate.data ? block_after(j, &j->gate, s->expert, number, j->width, j->inner) : NULL;
+    float z[TALL * OUTPUTS] = {0}, gate[TALL * OUTPUTS] = {0}; /* lanes beyond the outputs stay 0 */
+    sums into_z = plain_sums(z, lanes, bias_of(&j->up, s->expert, first));
+    sums into_gate = plain_sums(gate, lanes, bias_of(&j->gate, s->expert, first));
     turn now = {0, parts_of(s->rows, TALL)};
     for (int64_t done = 0, rows; done < s->rows; done += rows, now.number++) {
-        float z[TALL * OUTPUTS], gate[TALL * OUTPUTS];
         const float *a[TALL];
         rows = rows_of_turn(now, s->rows - done);
         for (int64_t i = 0; i < rows; i++) a[i] = (const float *)x_of(j, s->first + done + i);
-        product_outputs(a, rows, &j->up, s->expert, first, outputs, j->inner, now, next, z);
+        product_outputs(a, rows, &j->up, s->expert, first, outputs, j->inner, now, next, &into_z);
         if (j->gate.data)
-            product_outputs(a, rows, &j->gate, s->expert, first, outputs, j->inner, now, next_gate, gate);
+            product_outputs(a, rows, &j->gate, s->expert, first, outputs, j->inner, now, next_gate, &into_gate);
         activate(j->gate.data ? gate : z, rows * lanes, (int)j->activation);
         if (j->gate.data)
             for (int64_t i = 0; i < rows * lanes; i++) z[i] *= gate[i];
         for (int64_t i = 0; i < rows; i++) {
-            char *to = j->hidden_rows + (s->row + done + i) * j->hidden_row + first * 4;
-            memcpy(to, z + i * lanes, (size_t)outputs * 4);
+            float *to = (float *)(j->hidden_rows + (s->row + done + i) * j->hidden_row) + first;
+            float weight = weight_of(j, j->order[s->first + done + i]);
+            for (int64_t n = 0; n < outputs; n++) to[n] = z[i * lanes + n] * weight;
         }
     }
 }
 
+/* Into `out`, or by tokens added to y, where no other thread adds to its rows. */
 static void down_outputs(job *j, const segment *s, int64_t first, int64_t outputs) {
-    int64_t lanes = round_up(outputs, VL);
     const char *next = block_after(j, &j->down, s->expert, first / (j->down.row / 4), j->outputs, j->width);
+    sums weighted = {.bias = bias_of(&j->down, s->expert, first), .adds = j->by_tokens};
     turn now = {0, parts_of(s->rows, TALL)};
-    for (int64_t done = 0, rows; done < s->rows; done += rows, now.number++) {
-        float z[TALL * OUTPUTS];
+    for (int64_t done = 0, rows; done < s->rows; done += rows, now.number += now.number < now.of - 1) {
         const float *a[TALL];
-        rows = rows_of_turn(now, s->rows - done);
-        for (int64_t i = 0; i < rows; i++) a[i] = (const float *)(j->hidden_rows + (s->row + done + i) * j->hidden_row);
-        product_outputs(a, rows, &j->down, s->expert, first, outputs, j->width, now, next, z);
-        for (int64_t i = 0; i < rows; i++) {
-            int64_t pair = j->order[s->first + done + i];
-            float *to = j->out + pair * j->outputs + first, weight = weight_of(j, pair);
-            for (int64_t n = 0; n < outputs; n++) to[n] = z[i * lanes + n] * weight;
+        int64_t most = rows_of_turn(now, s->rows - done), before = -1;
+        for (rows = 0; rows < most; rows++) {
+            int64_t pair = j->order[s->first + done + rows], token = pair / j->slots;
+            if (token == before) break; /* it names an expert twice: a row of y is added to once at a time */
+            before = token;
+            a[rows] = (const float *)(j->hidden_rows + (s->row + done + rows) * j->hidden_row);
+            weighted.z[rows] = (j->by_tokens ? (float *)j->y + token * j->outputs : j->out + pair * j->outputs) + first;
+            weighted.scale[rows] = weight_of(j, pair);
         }
+        product_outputs(a, rows, &j->down, s->expert, first, outputs, j->width, now, next, &weighted);
     }
+}
+
+static void up_block(job *j, const segment *s, int64_t number) {
+    int64_t width = j->up.row / 4, end = least((number + 1) * width, j->width);
+    for (int64_t n = number * width; n < end; n += OUTPUTS) up_outputs(j, s, n, least(end - n, OUTPUTS));
+}
+
+static void down_block(job *j, const segment *s, int64_t number) {
+    int64_t width = j->down.row / 4, end = least((number + 1) * width, j->outputs);
+    for (int64_t n = number * width; n < end; n += OUTPUTS) down_outputs(j, s, n, least(end - n, OUTPUTS));
 }

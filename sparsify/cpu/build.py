@@ -16,7 +16,10 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-SOURCES = ("moe_ffn.c", "phases.h", "blocks.h", "job.h", "products.h", "activations.h", "vector.h", "onnx_op.h")
+SOURCES = (
+    "moe_ffn.c", "phases.h", "blocks.h", "by_tokens.h", "scratch.h", "job.h", "products.h", "activations.h", "vector.h",
+    "onnx_op.h",
+)  # fmt: skip
 # -fopenmp is missing on purpose: it would bring a second OpenMP runtime into the process, or that of another compiler.
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 # The first that the compiler takes. GCC and Clang name the machine's own processor differently on ARM.

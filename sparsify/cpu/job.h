@@ -34,7 +34,8 @@ typedef struct {
     char *y;
     int64_t tokens, inner, width, outputs, experts, slots, activation, bf16, in_blocks;
     void (*barrier)(void);
-    int64_t *order; /* sorted position -> pair */
+    int64_t *order;                /* sorted position -> pair */
+    int64_t *by_expert, *num_used; /* in blocks: the pairs of each token by expert [tokens][slots], and how many */
     segment *segments;
     int64_t *panel_segment, *largest_first;
     int64_t num_segments, num_panels, num_rows, whole_rows; /* whole_rows: outside of panels, of one segment at most */
@@ -43,6 +44,7 @@ typedef struct {
     float *out; /* [pairs][outputs] */
     const char *after; /* what a thread is likely to read after the last block of a segment, or NULL */
     int64_t takers;    /* threads that share the blocks of a segment */
+    int64_t by_tokens, tokens_of_task, *ends, bad; /* see by_tokens.h */
     int64_t whole, phase, arrived, next[PHASES], tasks[PHASES];
 } job;
 

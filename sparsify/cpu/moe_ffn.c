@@ -11,6 +11,10 @@
      2  down      segment x COLUMNS outputs  out[pair] = (hidden down^T + b) * routing weight
      3  combine   TOKENS tokens              y[t] = sum of out over the slots of t, first to last
 
+   Weights may also lie in blocks (blocks.h): then there is nothing to pack, rows are taken as they are, hidden values are
+   multiplied by the routing weight, and the sum is over the experts of t by their number. Narrow ones are then added to y
+   by tokens, without `out` (by_tokens.h).
+
    Nothing here creates threads: the caller passes the entry points of the OpenMP runtime that torch runs on, or how
    onnxruntime runs a function in its threads (onnx_op.h). */
 #include <stdlib.h>
@@ -25,6 +29,10 @@
 #include "blocks.h"
 
 #include "phases.h"
+
+#include "scratch.h"
+
+#include "by_tokens.h"
 
 static void (*const phases[PHASES])(job *, int64_t) = {pack, up, down, combine};
 
@@ -102,6 +110,15 @@ static int divides_well(const job *j, int64_t threads) {
     return threads == 1 || rows >= FAIR_SHARE * threads * largest;
 }
 
+/* The pairs of each token as `order` has them, so that their sum is the one by tokens, bit for bit. */
+static void list_by_expert(job *j, int64_t used) {
+    memset(j->num_used, 0, (size_t)j->tokens * sizeof *j->num_used);
+    for (int64_t position = 0; position < used; position++) {
+        int64_t pair = j->order[position], token = pair / j->slots;
+        j->by_expert[token * j->slots + j->num_used[token]++] = pair;
+    }
+}
+
 /* Counting sort, and the segments of every expert. `ends` [experts + 1] is scratch. */
 static int plan(job *j, int64_t *ends) {
     int64_t pairs = j->tokens * j->slots, segment_rows = SEGMENT_BYTES / (j->x_panel / VL + 1) / VL * VL;
@@ -132,31 +149,8 @@ static int plan(job *j, int64_t *ends) {
     }
     for (int64_t pair = 0; pair < pairs; pair++)
         if (j->ids[pair] >= 0) j->order[ends[j->ids[pair]]++] = pair;
+    if (j->in_blocks) list_by_expert(j, ends[j->experts]);
     return FINE;
-}
-
-/* One buffer is kept between calls, since fresh pages cost a tenth of a large call. A call that finds it in use by another
-   thread takes memory of its own. */
-static char *kept;
-
-static char *take(int64_t bytes) {
-    char *found = __atomic_exchange_n(&kept, NULL, __ATOMIC_ACQUIRE);
-    if (found && *(int64_t *)found >= bytes) return found;
-    free(found);
-    found = aligned_alloc(64, (size_t)bytes);
-    if (found) *(int64_t *)found = bytes;
-    return found;
-}
-
-static void give_back(char *buffer) {
-    if (buffer && *(int64_t *)buffer > KEPT_BYTES) free(buffer);
-    else free(__atomic_exchange_n(&kept, buffer, __ATOMIC_RELEASE));
-}
-
-static char *cut(char **from, int64_t bytes) {
-    char *start = *from;
-    *from += round_up(bytes, 64);
-    return start;
 }
 
 static int run(job *j, int64_t threads, int64_t poison, parallel_function parallel) {
@@ -168,7 +162,8 @@ static int run(job *j, int64_t threads, int64_t poison, parallel_function parall
     /* Every part but the last of an expert holds at least VL rows. */
     int64_t most = least(pairs, j->experts + pairs / VL) + 1;
     int64_t list_bytes = round_up(pairs * 8, 64) + round_up((j->experts + 1) * 8, 64) +
-                         round_up(most * (int64_t)sizeof(segment), 64) + 2 * round_up(most * 8, 64);
+                         round_up(most * (int64_t)sizeof(segment), 64) + 2 * round_up(most * 8, 64) +
+                         (j->in_blocks ? round_up(pairs * 8, 64) + round_up(j->tokens * 8, 64) : 0);
     char *lists = malloc((size_t)list_bytes), *at = lists;
     if (!lists) return NO_MEMORY;
     j->order = (int64_t *)cut(&at, pairs * 8);
@@ -176,6 +171,7 @@ static int run(job *j, int64_t threads, int64_t poison, parallel_function parall
     j->segments = (segment *)cut(&at, most * (int64_t)sizeof(segment));
     j->panel_segment = (int64_t *)cut(&at, most * 8);
     j->largest_first = (int64_t *)cut(&at, most * 8);
+    if (j->in_blocks) j->by_expert = (int64_t *)cut(&at, pairs * 8), j->num_used = (int64_t *)cut(&at, j->tokens * 8);
     int status = plan(j, ends);
     j->takers = threads;
     j->whole = divides_well(j, threads);
@@ -232,6 +228,7 @@ int sparsify_moe_ffn(const int64_t *a) {
         .down = matrix_at(a + 27),
         .in_blocks = a[32],
     };
+    if (goes_by_tokens(&j, a[13])) return run_by_tokens(&j, a[13], a[14], (parallel_function)(intptr_t)a[15]);
     int64_t chunk = j.experts * SEGMENT_PANELS * VL;
     /* Each chunk reads all weights again: larger ones where their results stay small. */
     if (2 * chunk * j.outputs * (int64_t)sizeof(float) <= KEPT_BYTES) chunk *= 2;

@@ -108,9 +108,7 @@ static void up(job *j, int64_t task) {
     int64_t block = block_of(j, &j->up), blocks = parts_of(j->width, block);
     const segment *s = j->segments + task / blocks;
     int64_t first = task % blocks * block, columns = least(j->width - first, block);
-    for (int64_t n = 0; j->in_blocks && n < columns; n += OUTPUTS)
-        up_outputs(j, s, first + n, least(columns - n, OUTPUTS));
-    if (j->in_blocks) return;
+    if (j->in_blocks) return up_block(j, s, task % blocks);
     if (s->panels) up_panels(j, s, first, columns);
     if (s->rows) up_rows(j, s, first, columns);
 }
@@ -163,9 +161,7 @@ static void down(job *j, int64_t task) {
     int64_t block = block_of(j, &j->down), blocks = parts_of(j->outputs, block);
     const segment *s = j->segments + task / blocks;
     int64_t first = task % blocks * block, columns = least(j->outputs - first, block);
-    for (int64_t n = 0; j->in_blocks && n < columns; n += OUTPUTS)
-        down_outputs(j, s, first + n, least(columns - n, OUTPUTS));
-    if (j->in_blocks) return;
+    if (j->in_blocks) return down_block(j, s, task % blocks);
     if (s->panels) down_panels(j, s, first, columns);
     if (s->rows) down_rows(j, s, first, columns);
 }
@@ -176,8 +172,9 @@ static void combine(job *j, int64_t task) {
         for (int64_t n = 0; n < j->outputs; n += VL) {
             int64_t columns = least(j->outputs - n, VL);
             vf sum = splat(0.0f);
-            for (int64_t k = 0; k < j->slots; k++) {
-                int64_t pair = t * j->slots + k;
+            int64_t used = j->in_blocks ? j->num_used[t] : j->slots;
+            for (int64_t k = 0; k < used; k++) {
+                int64_t pair = j->in_blocks ? j->by_expert[t * j->slots + k] : t * j->slots + k;
                 if (j->ids[pair] < 0) continue;
                 const float *from = j->out + pair * j->outputs + n;
                 sum += columns == VL ? loadf(from) : (vf)load_part(from, columns * 4);

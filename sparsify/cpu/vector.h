@@ -100,6 +100,18 @@ INLINE vu load_part(const void *from, int64_t bytes) {
 #endif
 }
 
+/* Its first bytes, a multiple of 4. */
+INLINE void store_part(void *to, vf v, int64_t bytes) {
+#if VL == 16
+    _mm512_mask_storeu_epi32(to, (__mmask16)((1u << bytes / 4) - 1), (__m512i)v);
+#elif VL == 8
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    _mm256_maskstore_epi32(to, (__m256i)(lanes < (int32_t)(bytes / 4)), (__m256i)v);
+#else
+    memcpy(to, &v, (size_t)bytes);
+#endif
+}
+
 INLINE vf loadf(const float *from) {
     return (vf)load(from);
 }

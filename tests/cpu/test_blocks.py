@@ -14,7 +14,8 @@ needs_kernel = pytest.mark.skipif(not kernel.kernel_status().available, reason=k
 # blocks that fill a vector, all of them, one and a part; several blocks, segments, chunks.
 SHAPES = [
     (1, 64, 48, 64, 4, 2), (1, 7, 5, 3, 3, 3), (53, 101, 67, 71, 3, 1), (37, 33, 17, 29, 5, 3), (20, 64, 96, 128, 1, 1),
-    (300, 96, 50, 64, 2, 2), (64, 48, 129, 47, 8, 2), (11, 1, 1, 1, 2, 1), (2100, 9, 5, 7, 3, 2),
+    (300, 96, 130, 64, 2, 2), (64, 48, 129, 47, 8, 2), (11, 1, 1, 1, 2, 1), (1100, 9, 131, 7, 3, 2),
+    (2100, 9, 5, 7, 3, 2), (301, 101, 67, 71, 5, 3), (67, 37, 8, 96, 16, 16), (130, 40, 24, 100, 12, 3),  # by tokens
 ]  # fmt: skip
 
 
@@ -55,7 +56,8 @@ def test_equals_the_reference(shape, gated, biased, make_layer, error_of):
 @needs_kernel
 @pytest.mark.parametrize(
     ("tokens", "width", "num_experts"),
-    [(9, 900, 2), (380, 900, 2), (1500, 192, 40)],  # one tile, shared segments, whole segments
+    # one tile, shared segments, whole segments; by tokens with one thread, with two, with any
+    [(9, 900, 2), (380, 900, 2), (1500, 192, 40), (200, 100, 40), (400, 24, 40), (1500, 13, 40)],
 )
 @pytest.mark.usefixtures("poison")
 def test_same_bits_with_any_number_of_threads(tokens, width, num_experts, make_layer, error_of):
@@ -82,3 +84,25 @@ def test_unused_slots(make_layer, error_of):
     y = kernel.run(x, weights, ids, experts_in_blocks(experts))
     assert error_of(y, (x, weights, ids, experts)) <= 1.5e-6
     assert not y[0].any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_an_expert_named_twice(tokens, make_layer, error_of):
+    """Protects: each slot counts, also where the rows of one token follow each other; by pairs and by tokens."""
+    x, weights, ids, experts = make_layer(tokens, 40, 24, 72, 5, 4)
+    ids[::2, 1] = ids[::2, 0]
+    ids[::3] = 2
+    layer = (x, weights, ids, experts)
+    assert error_of(kernel.run(x, weights, ids, experts_in_blocks(experts)), layer) <= 1.5e-6
+
+
+@needs_kernel
+def test_an_expert_that_is_none(make_layer):
+    """Protects: a wrong id reads no foreign memory; by pairs and by tokens."""
+    for tokens in (3, 200):
+        x, weights, ids, experts = make_layer(tokens, 16, 8, 12, 4, 2)
+        for wrong in (4, -2, 2**40):
+            ids[tokens - 1, 1] = wrong
+            with pytest.raises(IndexError, match=r"must lie in \[-1, 4\)"):
+                kernel.run(x, weights, ids, experts_in_blocks(experts))

@@ -1,0 +1,81 @@
+/* Narrow experts in blocks and many tokens: a task is some tokens, to whose rows of y one thread adds all experts, one
+   after another. Weights are read anew for each task, but the outputs of pairs are neither kept nor summed afterwards,
+   which takes as long as all products of narrow experts. */
+
+#define NARROW INPUTS_AT_ONCE /* neurons of an expert; with more of them outputs are few beside the products */
+#define ROWS_AT_ONCE 8        /* of an expert in a task, on average, that reading its weights is worth */
+#define MOST_TOKENS 128       /* of a task: their rows of x and y stay in the cache of a core */
+
+static int64_t tokens_at_least(const job *j) {
+    return 1 + ROWS_AT_ONCE * j->experts / (j->slots ? j->slots : 1);
+}
+
+static int goes_by_tokens(const job *j, int64_t threads) {
+    return j->in_blocks && j->width <= NARROW && j->tokens >= threads * tokens_at_least(j);
+}
+
+/* Sorts the pairs of some tokens by expert; `ends` [experts + 1]. Whether all ids are of experts. */
+static int sort_pairs(job *j, int64_t first, int64_t last, int64_t *ends) {
+    memset(ends, 0, (size_t)(j->experts + 1) * sizeof *ends);
+    for (int64_t pair = first * j->slots; pair < last * j->slots; pair++) {
+        int64_t e = j->ids[pair];
+        if (e < -1 || e >= j->experts) return 0;
+        if (e >= 0) ends[e + 1]++;
+    }
+    for (int64_t e = 0; e < j->experts; e++) ends[e + 1] += ends[e];
+    for (int64_t pair = first * j->slots; pair < last * j->slots; pair++)
+        if (j->ids[pair] >= 0) j->order[ends[j->ids[pair]]++] = pair;
+    return 1;
+}
+
+static void one_expert(job *j, const segment *s) {
+    int64_t up_blocks = parts_of(j->width, block_of(j, &j->up));
+    int64_t down_blocks = parts_of(j->outputs, block_of(j, &j->down));
+    j->after = block_at(&j->down, s->expert, 0, j->width);
+    for (int64_t b = 0; b < up_blocks; b++) up_block(j, s, b);
+    j->after = s->expert + 1 < j->experts ? block_at(&j->up, s->expert + 1, 0, j->inner) : NULL;
+    for (int64_t b = 0; b < down_blocks; b++) down_block(j, s, b);
+}
+
+static void take_tokens(void *data) {
+    job *shared = data, j = *shared;
+    int64_t thread = __atomic_fetch_add(&shared->arrived, 1, __ATOMIC_RELAXED);
+    int64_t *ends = shared->ends + thread * (j.experts + 1), task;
+    j.order = shared->order + thread * j.tokens_of_task * j.slots;
+    j.hidden_rows = shared->hidden_rows + thread * j.tokens_of_task * j.slots * j.hidden_row;
+    j.takers = j.by_tokens = 1;
+    while ((task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.tasks[0]) {
+        int64_t first = task * j.tokens_of_task, last = least(first + j.tokens_of_task, j.tokens);
+        memset(j.y + first * j.outputs * 4, 0, (size_t)((last - first) * j.outputs) * 4);
+        if (!sort_pairs(&j, first, last, ends)) {
+            __atomic_store_n(&shared->bad, 1, __ATOMIC_RELAXED);
+            continue;
+        }
+        for (int64_t e = 0; e < j.experts; e++) {
+            segment s = {.expert = e, .first = e ? ends[e - 1] : 0};
+            s.rows = ends[e] - s.first;
+            if (s.rows) one_expert(&j, &s);
+        }
+    }
+}
+
+static int run_by_tokens(job *j, int64_t threads, int64_t poison, parallel_function parallel) {
+    int64_t most_tasks = j->tokens / tokens_at_least(j);
+    int64_t tasks = least(round_up(parts_of(j->tokens, MOST_TOKENS), threads), most_tasks);
+    j->tokens_of_task = parts_of(j->tokens, tasks);
+    j->tasks[0] = parts_of(j->tokens, j->tokens_of_task);
+    j->hidden_row = round_up(j->width * 4, 64);
+    int64_t pairs = threads * j->tokens_of_task * j->slots; /* a token may name one expert in each of its slots */
+    int64_t ends_bytes = threads * (j->experts + 1) * 8, hidden_bytes = pairs * j->hidden_row;
+    char *scratch = take(64 + hidden_bytes + round_up(pairs * 8, 64) + round_up(ends_bytes, 64)); /* 64 for its size */
+    if (!scratch) return NO_MEMORY;
+    char *at = scratch + 64;
+    j->hidden_rows = cut(&at, hidden_bytes);
+    j->order = (int64_t *)cut(&at, pairs * 8);
+    j->ends = (int64_t *)cut(&at, ends_bytes);
+    if (poison) memset(j->hidden_rows, 0xff, (size_t)hidden_bytes);
+    if (threads > 1) parallel(take_tokens, j, (unsigned)threads, 0);
+    else take_tokens(j);
+    give_back(scratch);
+    return j->bad ? BAD_EXPERT : FINE;
+}
