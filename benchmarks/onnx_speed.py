@@ -4,6 +4,7 @@
     python benchmarks/onnx_speed.py --minutes 4.5        times one case after another; repeat until it says "all done"
     python benchmarks/onnx_speed.py --quick              D=768 F=3072, 16 experts of which 4 run, two threads, a minute
     python benchmarks/onnx_speed.py --report             tables and plot from the times that there are
+    python benchmarks/onnx_speed.py --runs 3             times what was timed twice more, and tells the spread
 
 Every case is kept in out/onnx_speed as it ends, so a run may stop anywhere. One session is alive at a time, as the
 threads of an idle one take the cores; the files take turns, round after round, and the median of the rounds counts.
@@ -13,6 +14,7 @@ it runs without a cache of keys, so 1x1 is a first token. Tables go to out/onnx.
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 import os
@@ -40,6 +42,7 @@ from sparsify.passes.lower_onnx.lowerings import Lowering
 from sparsify.routers import MLPRouter
 from sparsify.sparse_model import SIZES_KEY, SparseModelInfo
 
+_MOST_RUNS = 9
 _TOKENS = (1, 4, 16, 64, 128, 512, 2048)
 _EXACT: tuple[Lowering, ...] = ("expert_chain", "sorted_split", "dense_masked", "fused_op")
 _ROUTER = 64  # hidden size, the default of the config
@@ -171,14 +174,15 @@ def main(
     rounds: Annotated[int, typer.Option(help="how often every file is loaded and timed")] = 3,
     seconds: Annotated[float, typer.Option(help="at least so long per file, round and size")] = 0.1,
     only: Annotated[str, typer.Option(help="cases whose name begins so")] = "",
+    runs: Annotated[int, typer.Option(help="time each case so often, for the spread", min=1, max=_MOST_RUNS)] = 1,
     output: Annotated[Path, typer.Option(help="folder of the tables")] = Path("out"),
 ) -> None:
     """Time what was not timed yet, and write the tables."""
     onnx_ops_library()  # compiled before anything is timed
     start, folder = time.perf_counter(), output / ("onnx_quick" if quick else "onnx_speed")
     cases = (Layer(768, 16, 4, (2,)),) if quick else [case for case in CASES if case.key.startswith(only)]
-    for case in [] if report else cases:
-        found = folder / f"{case.key}.json"
+    for run, case in [] if report else itertools.product(range(runs), cases):
+        found = _results_of(case, folder)[run]
         if found.exists() and not quick:
             continue
         if time.perf_counter() - start > 60 * minutes:
@@ -189,10 +193,16 @@ def main(
             continue
         _write(found, json.dumps(_measure(case, files, rounds, seconds), indent=1))
         print(f"{case.key}: done, {time.perf_counter() - start:.0f} s", flush=True)
-    results = [json.loads(file.read_text()) for case in cases if (file := folder / f"{case.key}.json").exists()]
+    kept = [[file for file in _results_of(case, folder) if file.exists()] for case in cases]
+    results = [[json.loads(file.read_text()) for file in files] for files in kept if files]
     if results and not prepare:
         write_tables(results, output)
     print("all done")
+
+
+def _results_of(case: Case, folder: Path) -> list[Path]:
+    """Where the times of each run of a case are kept."""
+    return [folder / f"{case.key}{f'.{run}' if run else ''}.json" for run in range(_MOST_RUNS)]
 
 
 def _files(case: Case, folder: Path) -> dict[str, Path]:

@@ -34,14 +34,21 @@ _LINE = ("threads", "hidden_size", "num_experts", "top_k")
 _TICKS = (0.5, 1, 2, 4, 8)
 
 
-def write_tables(results: Sequence[Result], folder: Path) -> None:
-    """Write onnx.md, onnx.json and, where matplotlib is installed, onnx.png."""
+def write_tables(runs: Sequence[Sequence[Result]], folder: Path) -> None:
+    """Write onnx.md, onnx.json and, where matplotlib is installed, onnx.png.
+
+    Args:
+        runs: for each case one result or several, of which the tables show the first.
+        folder: for the files.
+    """
+    results = [own[0] for own in runs]
     machine = results[0]["machine"]
     title = f"# onnxruntime {machine['onnxruntime']} on {machine['cpu']}\n\nMilliseconds, medians of rounds.\n"
     tables = [_layer_tables(result) if _is_layer(result) else _model_tables(result) for result in results]
     rows = [row for result in results if _is_layer(result) for row in layer_rows(result)]
-    _write(folder / "onnx.json", json.dumps({"machine": machine, "results": list(results), "rows": rows}, indent=1))
-    _write(folder / "onnx.md", "\n".join([title, _summary(rows, results), *tables]))
+    spreads = [_spread(own) for own in runs if len(own) > 1]
+    _write(folder / "onnx.json", json.dumps({"machine": machine, "results": results, "rows": rows}, indent=1))
+    _write(folder / "onnx.md", "\n".join([title, _summary(rows, results), *spreads, *tables]))
     _plot(rows, folder / "onnx.png")
 
 
@@ -122,6 +129,25 @@ def _model_tables(result: Result) -> str:
             ],
         )
     return "\n".join([*lines, _footer(result)])
+
+
+def _spread(runs: Sequence[Result]) -> str:
+    """Dense over every file: the median of the runs, and least to most."""
+    case, lines = runs[0]["case"], list[str]()
+    layer = f"D={case['hidden_size']}" if _is_layer(runs[0]) else case["name"]
+    name = f"{layer}, E={case['num_experts']} K={case['top_k']}"
+    for threads, times in runs[0]["ms"].items():
+        lines += [f"## dense / file, median of {len(runs)} runs: {name}, {_threads(int(threads))}", ""]
+        lines += _table(
+            ["", *("x".join(map(str, size)) for size in case["sizes"])],
+            [[file, *_ratios_of_runs(runs, threads, file)] for file in times if file != "dense"],
+        )
+    return "\n".join(lines)
+
+
+def _ratios_of_runs(runs: Sequence[Result], threads: str, file: str) -> list[str]:
+    by_run = [np.divide(run["ms"][threads]["dense"], run["ms"][threads][file]) for run in runs]
+    return [f"{np.median(own):.2f} ({min(own):.2f} - {max(own):.2f})" for own in zip(*by_run, strict=True)]
 
 
 def _footer(result: Result) -> str:
