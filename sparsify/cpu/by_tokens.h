@@ -28,6 +28,13 @@ static int sort_pairs(job *j, int64_t first, int64_t last, int64_t *ends) {
     return 1;
 }
 
+static void start_row(const job *j, int64_t token) {
+    for (int64_t n = 0; n < j->outputs; n += VL) {
+        int64_t columns = least(j->outputs - n, VL);
+        store_part((float *)j->y + token * j->outputs + n, start_of_sum(j, token, n, columns), columns * 4);
+    }
+}
+
 static void one_expert(job *j, const segment *s) {
     int64_t up_blocks = parts_of(j->width, block_of(j, &j->up));
     int64_t down_blocks = parts_of(j->outputs, block_of(j, &j->down));
@@ -46,7 +53,7 @@ static void take_tokens(void *data) {
     j.takers = j.by_tokens = 1;
     while ((task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.tasks[0]) {
         int64_t first = task * j.tokens_of_task, last = least(first + j.tokens_of_task, j.tokens);
-        memset(j.y + first * j.outputs * 4, 0, (size_t)((last - first) * j.outputs) * 4);
+        for (int64_t t = first; t < last; t++) start_row(&j, t);
         if (!sort_pairs(&j, first, last, ends)) {
             __atomic_store_n(&shared->bad, 1, __ATOMIC_RELAXED);
             continue;

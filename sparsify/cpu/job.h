@@ -30,6 +30,7 @@ typedef struct {
     int64_t x_row;
     const float *routing; /* NULL: each weighs one */
     const int64_t *ids;
+    const float *y_bias, *y_added; /* what y begins with, [outputs] and [tokens][outputs], or NULL; fp32 alone */
     matrix up, gate, down;
     char *y;
     int64_t tokens, inner, width, outputs, experts, slots, activation, bf16, in_blocks;

@@ -26,7 +26,7 @@ from sparsify.kernels.reference import moe_ffn_reference
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_PACK = struct.Struct("33q").pack
+_PACK = struct.Struct("35q").pack
 # As in activations.h.
 _ACTIVATIONS = {"relu": 0, "squared_relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _FINE, _BAD_EXPERT = 0, 1
@@ -104,7 +104,7 @@ def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tenso
         *_matrix(up, experts.up_bias, size),
         *_matrix(experts.gate_proj, experts.gate_bias, size),
         *_matrix(down, experts.down_bias, size),
-        up.dim() == 4,
+        up.dim() == 4, 0, 0,
     )  # fmt: skip
     assert kernel.call is not None
     status = kernel.call(packed)

@@ -227,6 +227,8 @@ int sparsify_moe_ffn(const int64_t *a) {
         .gate = matrix_at(a + 22),
         .down = matrix_at(a + 27),
         .in_blocks = a[32],
+        .y_bias = (const float *)(intptr_t)a[33],
+        .y_added = (const float *)(intptr_t)a[34],
     };
     if (goes_by_tokens(&j, a[13])) return run_by_tokens(&j, a[13], a[14], (parallel_function)(intptr_t)a[15]);
     int64_t chunk = j.experts * SEGMENT_PANELS * VL;
@@ -241,6 +243,7 @@ int sparsify_moe_ffn(const int64_t *a) {
         if (part.routing) part.routing += first * j.slots;
         part.ids += first * j.slots;
         part.y += first * j.outputs * size;
+        if (part.y_added) part.y_added += first * j.outputs;
         int status = run(&part, a[13], a[14], (parallel_function)(intptr_t)a[15]);
         if (status != FINE) return status;
     }

@@ -2,7 +2,8 @@
 
      x [T, D], expert_ids [T, K] int64, routing_weights [T, K] or none for ones,
      up_proj [E, B, D, b], up_bias [E, M] or none, gate_proj, gate_bias likewise or none, down_proj [E, C, M, c],
-     down_bias [E, N] or none  ->  y [T, N];  all but the ids in fp32, expert_ids in [-1, E), -1 for an unused slot
+     down_bias [E, N] or none, bias [N] or none, added [T, N] or none  ->  y [T, N], with what is added to the sum;
+     all but the ids in fp32, expert_ids in [-1, E), -1 for an unused slot
 
    Weights lie in blocks: neuron n is [:, n / b, :, n % b], and the last block may have more than are needed. N is C * c
    where there is no down_bias.
@@ -26,6 +27,7 @@ enum {
     DIMENSIONS = 62,
     SHAPE = 65,
     STRING_ATTRIBUTE = 87,
+    COUNT_INPUTS = 88,
     INPUT = 90,
     OUTPUT = 91,
     RELEASE_STATUS = 93,
@@ -36,7 +38,7 @@ enum {
 enum { FLOAT = 1, INT64 = 7 };        /* ONNXTensorElementDataType */
 enum { REQUIRED = 0, OPTIONAL = 1 };  /* OrtCustomOpInputOutputCharacteristic */
 enum { FAIL = 1, INVALID_ARGUMENT = 2 }; /* OrtErrorCode */
-enum { X, IDS, ROUTING, UP, UP_BIAS, GATE, GATE_BIAS, DOWN, DOWN_BIAS, INPUTS };
+enum { X, IDS, ROUTING, UP, UP_BIAS, GATE, GATE_BIAS, DOWN, DOWN_BIAS, BIAS, ADDED, INPUTS };
 
 typedef void *const *ort_api;
 typedef struct {
@@ -162,6 +164,8 @@ static const char *wrong_shape(const onnx_tensor t[INPUTS]) {
         return "gate_proj must be [E, B, D, b] like up_proj, its bias [E, M]";
     if (!has_blocks(t + DOWN, experts, width, outputs) || !may_be_matrix(t + DOWN_BIAS, experts, outputs))
         return "down_proj must be [E, C, M, c], its bias [E, N]";
+    if (t[BIAS].rank && (t[BIAS].rank != 1 || t[BIAS].dims[0] != outputs)) return "bias must be [N]";
+    if (!may_be_matrix(t + ADDED, tokens, outputs)) return "added must be [T, N]";
     return NULL;
 }
 
@@ -184,21 +188,21 @@ static int64_t workers_for(int64_t operations) {
 static void *compute(void *kernel, void *context) {
     const onnx_kernel *own = kernel;
     ort_api api = own->api;
-    onnx_tensor t[INPUTS];
-    for (size_t i = 0; i < INPUTS; i++) {
-        void *status = read_tensor(api, context, i, t + i);
-        if (status) return status;
-    }
+    onnx_tensor t[INPUTS] = {0};
+    size_t inputs = 0;
+    void *status = ((void *(*)(void *, size_t *))api[COUNT_INPUTS])(context, &inputs);
+    for (size_t i = 0; !status && i < inputs && i < INPUTS; i++) status = read_tensor(api, context, i, t + i);
+    if (status) return status;
     const char *wrong = wrong_shape(t);
     if (wrong) return refuse(api, INVALID_ARGUMENT, wrong);
     int64_t shape[2] = {t[X].dims[0], outputs_of(t)};
     void *value = NULL, *y = NULL;
-    void *status = ((void *(*)(void *, size_t, const int64_t *, size_t, void **))api[OUTPUT])(context, 0, shape, 2, &value);
+    status = ((void *(*)(void *, size_t, const int64_t *, size_t, void **))api[OUTPUT])(context, 0, shape, 2, &value);
     if (!status) status = ((void *(*)(void *, void **))api[TENSOR_DATA])(value, &y);
     if (status) return status;
     int64_t slots = t[IDS].dims[1], width = t[DOWN].dims[2];
     int64_t operations = shape[0] * slots * width * (t[X].dims[1] + shape[1]);
-    int64_t a[33] = {
+    int64_t a[35] = {
         address(t[X].data), t[X].dims[1] * 4, address(t[ROUTING].data), address(t[IDS].data), address(y),
         shape[0], t[X].dims[1], width, shape[1], t[UP].dims[0], slots,
         own->activation, 0, workers_for(operations), 0, address((const void *)onnx_parallel), 0,
@@ -207,6 +211,7 @@ static void *compute(void *kernel, void *context) {
     put_matrix(a + 22, t + GATE, t + GATE_BIAS);
     put_matrix(a + 27, t + DOWN, t + DOWN_BIAS);
     a[32] = 1; /* in blocks */
+    a[33] = address(t[BIAS].data), a[34] = address(t[ADDED].data);
     calling.api = api, calling.context = context;
     int found = sparsify_moe_ffn(a);
     if (found == BAD_EXPERT) return refuse(api, INVALID_ARGUMENT, "an expert id is not in [-1, E)");

@@ -166,12 +166,20 @@ static void down(job *j, int64_t task) {
     if (s->rows) down_rows(j, s, first, columns);
 }
 
+/* Of VL outputs of a token, or of the columns that are left. */
+static vf start_of_sum(const job *j, int64_t token, int64_t first, int64_t columns) {
+    vf start = splat(0.0f);
+    if (j->y_bias) start = (vf)load_part(j->y_bias + first, columns * 4);
+    if (j->y_added) start += (vf)load_part(j->y_added + token * j->outputs + first, columns * 4);
+    return start;
+}
+
 static void combine(job *j, int64_t task) {
     int64_t last = least((task + 1) * TOKENS, j->tokens);
     for (int64_t t = task * TOKENS; t < last; t++) {
         for (int64_t n = 0; n < j->outputs; n += VL) {
             int64_t columns = least(j->outputs - n, VL);
-            vf sum = splat(0.0f);
+            vf sum = start_of_sum(j, t, n, columns);
             int64_t used = j->in_blocks ? j->num_used[t] : j->slots;
             for (int64_t k = 0; k < used; k++) {
                 int64_t pair = j->in_blocks ? j->by_expert[t * j->slots + k] : t * j->slots + k;

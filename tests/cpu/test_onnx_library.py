@@ -24,7 +24,7 @@ from sparsify.kernels.reference import ACTIVATIONS, moe_ffn_reference
 
 pytestmark = pytest.mark.skipif(not kernel_status().available, reason=kernel_status().reason)
 
-NAMES = ["x", "ids", "routing", "up", "up_bias", "gate", "gate_bias", "down", "down_bias"]
+NAMES = ["x", "ids", "routing", "up", "up_bias", "gate", "gate_bias", "down", "down_bias", "bias", "added"]
 WEIGHTS = ["up", "gate", "down"]
 
 
@@ -72,11 +72,12 @@ class Op:
         wide: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.inputs.items()}
         wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in wide.items()}
         routing = wide.get("routing", torch.ones(wide["ids"].shape, dtype=torch.float64))
-        up, up_bias, gate, gate_bias, down, down_bias = (wide.get(name) for name in NAMES[3:])
+        up, up_bias, gate, gate_bias, down, down_bias = (wide.get(name) for name in NAMES[3:9])
         assert up is not None
         assert down is not None
         weights = (up, up_bias, gate, gate_bias, down, down_bias)
-        return moe_ffn_reference(wide["x"], routing, wide["ids"], *weights, self.activation).numpy()
+        y = moe_ffn_reference(wide["x"], routing, wide["ids"], *weights, self.activation)
+        return (y + wide.get("bias", 0) + wide.get("added", 0)).numpy()
 
     def check(self, threads: int = 2) -> None:
         y, expected = self.run(threads), self.expected()
@@ -105,12 +106,17 @@ def make(tokens: int = 53, top_k: int = 2, sizes: tuple[int, ...] = (5, 37, 19, 
             "gate_bias": normal(*up[:2]),
             "down": normal(*down),
             "down_bias": normal(*down[:2]),
+            "bias": normal(outputs),
+            "added": normal(tokens, outputs),
         },
     )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("missing", [(), ("gate", "gate_bias"), ("routing",), ("up_bias", "gate_bias", "down_bias")])
+@pytest.mark.parametrize(
+    "missing",
+    [(), ("gate", "gate_bias"), ("routing",), ("up_bias", "gate_bias", "down_bias"), ("bias",), ("bias", "added")],
+)
 def test_equals_the_reference(activation: str, missing: tuple[str, ...]) -> None:
     """Protects: each input reaches its place, by itself and left out, under the name of its activation."""
     make(activation=activation).without(*missing).check()
@@ -166,6 +172,9 @@ def test_experts_that_were_not_chosen_are_not_read() -> None:
         ("gate", np.ones((4, 19, 37), np.float32), r"gate_proj must be \[E, B, D, b\]"),
         ("down", np.ones((5, 23, 20), np.float32), r"up_proj must be \[E, B, D, b\]"),
         ("down", np.ones((4, 23, 19), np.float32), r"down_proj must be \[E, C, M, c\]"),
+        ("bias", np.ones(22, np.float32), r"bias must be \[N\]"),
+        ("bias", np.ones((1, 23), np.float32), r"bias must be \[N\]"),
+        ("added", np.ones((52, 23), np.float32), r"added must be \[T, N\]"),
         ("down_bias", np.ones((5, 24), np.float32), r"down_proj must be \[E, C, M, c\], its bias"),
     ],
 )
