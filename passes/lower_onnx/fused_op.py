@@ -63,7 +63,7 @@ def _takes_sum(y: ir.Value) -> bool:
         return False
     add = uses[0].node
     other, graph, total = add.inputs[1 - uses[0].idx], add.graph, add.outputs[0]
-    if other is None or graph is None or y.shape is None or other.shape is None:
+    if other is None or graph is None or y.shape is None or other.shape is None or other.shape.has_unknown_dim():
         return False
     shapes = [tuple(map(str, shape)) for shape in (y.shape[1:], y.shape)]  # symbolic sizes are equal by name
     own = tuple(map(str, other.shape))
