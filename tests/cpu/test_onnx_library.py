@@ -138,6 +138,12 @@ def test_large_layers_are_divided_among_threads() -> None:
         np.testing.assert_array_equal(op.run(1), op.run(2))
 
 
+@pytest.mark.parametrize("width", [5, 131])
+def test_many_tokens(width: int) -> None:
+    """Protects: rows that are added find their tokens, by tokens and in several chunks of pairs."""
+    make(2100, 2, (3, 9, width, 7)).check()
+
+
 def test_unused_slots_and_empty_experts() -> None:
     """Protects: a slot of id -1 adds nothing whatever its weight, and experts without a token are no matter."""
     op = make(13, 3)
@@ -170,6 +176,7 @@ def test_experts_that_were_not_chosen_are_not_read() -> None:
         ("x", np.ones((53, 36), np.float32), r"up_proj must be \[E, B, D, b\]"),
         ("up_bias", np.ones((5, 18), np.float32), r"up_proj must be \[E, B, D, b\], its bias"),
         ("gate", np.ones((4, 19, 37), np.float32), r"gate_proj must be \[E, B, D, b\]"),
+        ("gate", np.ones((5, 2, 37, 10), np.float32), r"gate_proj must be \[E, B, D, b\] like up_proj"),
         ("down", np.ones((5, 23, 20), np.float32), r"up_proj must be \[E, B, D, b\]"),
         ("down", np.ones((4, 23, 19), np.float32), r"down_proj must be \[E, C, M, c\]"),
         ("bias", np.ones(22, np.float32), r"bias must be \[N\]"),
