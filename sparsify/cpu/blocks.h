@@ -18,7 +18,7 @@ typedef struct {
     int64_t number, of;
 } turn;
 
-/* Where the sums of a tile go: z[i] = [z[i] +] (scale[i] bias + a[i] w), row by row. */
+/* Where the sums of a tile go: z[i] = [z[i] +] (scale[i] bias + a[i] w), row after row, as two may be the same. */
 typedef struct {
     float *z[TALL];
     float scale[TALL];
@@ -180,16 +180,15 @@ static void down_outputs(job *j, const segment *s, int64_t first, int64_t output
     const char *next = block_after(j, &j->down, s->expert, first / (j->down.row / 4), j->outputs, j->width);
     sums weighted = {.bias = bias_of(&j->down, s->expert, first), .adds = j->by_tokens};
     turn now = {0, parts_of(s->rows, TALL)};
-    for (int64_t done = 0, rows; done < s->rows; done += rows, now.number += now.number < now.of - 1) {
+    for (int64_t done = 0, rows; done < s->rows; done += rows, now.number++) {
         const float *a[TALL];
-        int64_t most = rows_of_turn(now, s->rows - done), before = -1;
-        for (rows = 0; rows < most; rows++) {
-            int64_t pair = j->order[s->first + done + rows], token = pair / j->slots;
-            if (token == before) break; /* it names an expert twice: a row of y is added to once at a time */
-            before = token;
-            a[rows] = (const float *)(j->hidden_rows + (s->row + done + rows) * j->hidden_row);
-            weighted.z[rows] = (j->by_tokens ? (float *)j->y + token * j->outputs : j->out + pair * j->outputs) + first;
-            weighted.scale[rows] = weight_of(j, pair);
+        rows = rows_of_turn(now, s->rows - done);
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t pair = j->order[s->first + done + i];
+            float *to = j->by_tokens ? (float *)j->y + pair / j->slots * j->outputs : j->out + pair * j->outputs;
+            a[i] = (const float *)(j->hidden_rows + (s->row + done + i) * j->hidden_row);
+            weighted.z[i] = to + first;
+            weighted.scale[i] = weight_of(j, pair);
         }
         product_outputs(a, rows, &j->down, s->expert, first, outputs, j->width, now, next, &weighted);
     }

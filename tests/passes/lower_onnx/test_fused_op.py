@@ -24,7 +24,11 @@ def _ops(path: Path) -> list[str]:
     return [f"{node.domain}::{node.op_type}" for node in onnx.load(path).graph.node]
 
 
-@pytest.mark.parametrize("options", [{}, {"gated": True}, {"bias": False, "shared": 8}, {"out": 20}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gated": True}, {"bias": False, "shared": 8}, {"bias": False, "shared": 8, "out": 67}, {"out": 20}],
+    ids=str,
+)
 @pytest.mark.parametrize("activation", [F.relu, F.silu, F.gelu], ids=lambda f: f.__name__)
 def test_agrees_with_the_model(sparse_layer: Any, tmp_path: Path, activation: Any, options: dict[str, Any]) -> None:
     """Protects: exact activations, gate, biases, shared experts and another width, at sizes that were not traced."""
