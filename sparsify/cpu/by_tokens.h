@@ -14,20 +14,6 @@ static int goes_by_tokens(const job *j, int64_t threads) {
     return j->in_blocks && j->width <= NARROW && j->tokens >= threads * tokens_at_least(j);
 }
 
-/* Sorts the pairs of some tokens by expert; `ends` [experts + 1]. Whether all ids are of experts. */
-static int sort_pairs(job *j, int64_t first, int64_t last, int64_t *ends) {
-    memset(ends, 0, (size_t)(j->experts + 1) * sizeof *ends);
-    for (int64_t pair = first * j->slots; pair < last * j->slots; pair++) {
-        int64_t e = j->ids[pair];
-        if (e < -1 || e >= j->experts) return 0;
-        if (e >= 0) ends[e + 1]++;
-    }
-    for (int64_t e = 0; e < j->experts; e++) ends[e + 1] += ends[e];
-    for (int64_t pair = first * j->slots; pair < last * j->slots; pair++)
-        if (j->ids[pair] >= 0) j->order[ends[j->ids[pair]]++] = pair;
-    return 1;
-}
-
 static void start_row(const job *j, int64_t token) {
     for (int64_t n = 0; n < j->outputs; n += VL) {
         int64_t columns = least(j->outputs - n, VL);
@@ -36,12 +22,10 @@ static void start_row(const job *j, int64_t token) {
 }
 
 static void one_expert(job *j, const segment *s) {
-    int64_t up_blocks = parts_of(j->width, block_of(j, &j->up));
-    int64_t down_blocks = parts_of(j->outputs, block_of(j, &j->down));
     j->after = block_at(&j->down, s->expert, 0, j->width);
-    for (int64_t b = 0; b < up_blocks; b++) up_block(j, s, b);
+    for (int64_t b = 0; b < up_blocks(j); b++) up_block(j, s, b);
     j->after = s->expert + 1 < j->experts ? block_at(&j->up, s->expert + 1, 0, j->inner) : NULL;
-    for (int64_t b = 0; b < down_blocks; b++) down_block(j, s, b);
+    for (int64_t b = 0; b < down_blocks(j); b++) down_block(j, s, b);
 }
 
 static void take_tokens(void *data) {

@@ -81,6 +81,29 @@ static int64_t parts_of(int64_t whole, int64_t part) {
     return (whole + part - 1) / part;
 }
 
+static int64_t up_blocks(const job *j) {
+    return parts_of(j->width, block_of(j, &j->up));
+}
+
+static int64_t down_blocks(const job *j) {
+    return parts_of(j->outputs, block_of(j, &j->down));
+}
+
+/* Counting sort of the pairs of some tokens by expert into `order`; those of e then end at ends[e], all of them at
+   ends[experts]. Whether all ids are of experts. */
+static int sort_pairs(job *j, int64_t first, int64_t last, int64_t *ends) {
+    memset(ends, 0, (size_t)(j->experts + 1) * sizeof *ends);
+    for (int64_t pair = first * j->slots; pair < last * j->slots; pair++) {
+        int64_t e = j->ids[pair];
+        if (e < -1 || e >= j->experts) return 0;
+        if (e >= 0) ends[e + 1]++;
+    }
+    for (int64_t e = 0; e < j->experts; e++) ends[e + 1] += ends[e];
+    for (int64_t pair = first * j->slots; pair < last * j->slots; pair++)
+        if (j->ids[pair] >= 0) j->order[ends[j->ids[pair]]++] = pair;
+    return 1;
+}
+
 INLINE float bias_at(const matrix *m, int64_t expert, int64_t column, int64_t bf16) {
     const char *row = m->bias + expert * m->bias_expert;
     if (!bf16) return ((const float *)row)[column];

@@ -45,8 +45,7 @@ static void take_tasks(job *j, int64_t phase) {
 static void whole(job *shared) {
     job j = *shared;
     j.takers = 1;
-    int64_t up_blocks = parts_of(j.width, block_of(&j, &j.up));
-    int64_t down_blocks = parts_of(j.outputs, block_of(&j, &j.down));
+    int64_t num_up = up_blocks(&j), num_down = down_blocks(&j);
     int64_t thread = __atomic_fetch_add(&shared->arrived, 1, __ATOMIC_RELAXED);
     for (int64_t task; (task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.num_segments;) {
         int64_t index = j.largest_first[task];
@@ -56,10 +55,10 @@ static void whole(job *shared) {
         j.hidden_rows = shared->hidden_rows + (thread * j.whole_rows - s->row) * j.hidden_row;
         for (int64_t p = 0; p < s->panels; p++) pack(&j, s->panel + p);
         j.after = block_at(&j.down, s->expert, 0, j.width);
-        for (int64_t b = 0; b < up_blocks; b++) up(&j, index * up_blocks + b);
+        for (int64_t b = 0; b < num_up; b++) up(&j, index * num_up + b);
         int64_t likely = least(__atomic_load_n(&shared->next[0], __ATOMIC_RELAXED), j.num_segments - 1);
         j.after = block_at(&j.up, j.segments[j.largest_first[likely]].expert, 0, j.inner);
-        for (int64_t b = 0; b < down_blocks; b++) down(&j, index * down_blocks + b);
+        for (int64_t b = 0; b < num_down; b++) down(&j, index * num_down + b);
     }
 }
 
@@ -119,19 +118,13 @@ static void list_by_expert(job *j, int64_t used) {
     }
 }
 
-/* Counting sort, and the segments of every expert. `ends` [experts + 1] is scratch. */
+/* The sorted pairs, and the segments of every expert. `ends` [experts + 1] is scratch. */
 static int plan(job *j, int64_t *ends) {
-    int64_t pairs = j->tokens * j->slots, segment_rows = SEGMENT_BYTES / (j->x_panel / VL + 1) / VL * VL;
+    int64_t segment_rows = SEGMENT_BYTES / (j->x_panel / VL + 1) / VL * VL;
     segment_rows = least(segment_rows < VL ? VL : segment_rows, SEGMENT_PANELS * VL);
-    memset(ends, 0, (size_t)(j->experts + 1) * sizeof *ends);
-    for (int64_t pair = 0; pair < pairs; pair++) {
-        int64_t e = j->ids[pair];
-        if (e < -1 || e >= j->experts) return BAD_EXPERT;
-        if (e >= 0) ends[e + 1]++;
-    }
+    if (!sort_pairs(j, 0, j->tokens, ends)) return BAD_EXPERT;
     for (int64_t e = 0; e < j->experts; e++) {
-        int64_t count = ends[e + 1], first = ends[e];
-        ends[e + 1] += first;
+        int64_t first = e ? ends[e - 1] : 0, count = ends[e] - first;
         int64_t parts = (count + segment_rows - 1) / segment_rows;
         int64_t part = parts ? round_up((count + parts - 1) / parts, VL) : 0;
         for (int64_t done = 0; done < count; done += part) {
@@ -147,8 +140,6 @@ static int plan(job *j, int64_t *ends) {
             j->num_segments++;
         }
     }
-    for (int64_t pair = 0; pair < pairs; pair++)
-        if (j->ids[pair] >= 0) j->order[ends[j->ids[pair]]++] = pair;
     if (j->in_blocks) list_by_expert(j, ends[j->experts]);
     return FINE;
 }
@@ -190,8 +181,8 @@ static int run(job *j, int64_t threads, int64_t poison, parallel_function parall
         j->hidden_rows = cut(&at, rows * j->hidden_row);
         j->out = (float *)cut(&at, pairs * j->outputs * 4);
         j->tasks[0] = j->num_panels;
-        j->tasks[1] = j->num_segments * parts_of(j->width, block_of(j, &j->up));
-        j->tasks[2] = j->num_segments * parts_of(j->outputs, block_of(j, &j->down));
+        j->tasks[1] = j->num_segments * up_blocks(j);
+        j->tasks[2] = j->num_segments * down_blocks(j);
         j->tasks[3] = (j->tokens + TOKENS - 1) / TOKENS;
         if (threads > 1 && j->barrier) parallel(work, j, (unsigned)threads, 0);
         else if (threads > 1) work_in_phases(j, (unsigned)threads, parallel);

@@ -105,10 +105,10 @@ static void up_rows(job *j, const segment *s, int64_t first, int64_t columns) {
 }
 
 static void up(job *j, int64_t task) {
-    int64_t block = block_of(j, &j->up), blocks = parts_of(j->width, block);
+    int64_t blocks = up_blocks(j);
     const segment *s = j->segments + task / blocks;
-    int64_t first = task % blocks * block, columns = least(j->width - first, block);
     if (j->in_blocks) return up_block(j, s, task % blocks);
+    int64_t first = task % blocks * COLUMNS, columns = least(j->width - first, COLUMNS);
     if (s->panels) up_panels(j, s, first, columns);
     if (s->rows) up_rows(j, s, first, columns);
 }
@@ -158,10 +158,10 @@ static void down_rows(job *j, const segment *s, int64_t first, int64_t columns) 
 }
 
 static void down(job *j, int64_t task) {
-    int64_t block = block_of(j, &j->down), blocks = parts_of(j->outputs, block);
+    int64_t blocks = down_blocks(j);
     const segment *s = j->segments + task / blocks;
-    int64_t first = task % blocks * block, columns = least(j->outputs - first, block);
     if (j->in_blocks) return down_block(j, s, task % blocks);
+    int64_t first = task % blocks * COLUMNS, columns = least(j->outputs - first, COLUMNS);
     if (s->panels) down_panels(j, s, first, columns);
     if (s->rows) down_rows(j, s, first, columns);
 }
