@@ -96,10 +96,6 @@ static void tile_part(const float *const *a, int64_t rows, const float *w, int64
     else tile_of(a, rows, w, width, from, to, vectors, VL, next, s, first);
 }
 
-static const char *block_at(const matrix *m, int64_t expert, int64_t number, int64_t inner) {
-    return m->data + expert * m->expert + number * inner * m->row;
-}
-
 /* Each turn fetches its share of the next block: memory is then read at an even pace, not while one tile waits. */
 static fetch to_fetch(turn now, const char *block, const char *next_block, int64_t inner, int64_t row) {
     if (now.of == 1) return (fetch){block + BYTES_AHEAD, row};

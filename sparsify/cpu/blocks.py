@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from sparsify.cpu import packed
 from sparsify.cpu.experts import Experts
 
 _MOST = 64  # outputs of a block: four vectors of AVX-512
@@ -19,11 +20,12 @@ def in_blocks(weight: Tensor) -> Tensor:
     Returns:
         `[E, B, M, b]`, contiguous: output n is `[:, n // b, :, n % b]`. B * b is N or a little more, the rest is zero.
     """
-    num_experts, outputs, inputs = weight.shape
+    outputs = weight.shape[1]
     blocks = -(-outputs // _MOST)
     size = -(-outputs // max(blocks, 1))
-    padded = functional.pad(weight, (0, 0, 0, blocks * size - outputs))
-    return padded.view(num_experts, blocks, size, inputs).transpose(2, 3).contiguous()
+    if blocks * size > outputs:
+        weight = functional.pad(weight, (0, 0, 0, blocks * size - outputs))
+    return weight.unflatten(1, (blocks, size)).transpose(2, 3).contiguous()
 
 
 def experts_in_blocks(experts: Experts) -> Experts:
@@ -34,3 +36,21 @@ def experts_in_blocks(experts: Experts) -> Experts:
         gate_proj=None if gate is None else in_blocks(gate),
         down_proj=in_blocks(experts.down_proj),
     )
+
+
+def kept_blocks(experts: Experts) -> Experts | None:
+    """`experts_in_blocks`, made once for weights that stay as they are; None while they are being changed."""
+    weights = [weight for weight in (experts.up_proj, experts.gate_proj, experts.down_proj) if weight is not None]
+    settled = [packed.settled(weight) for weight in weights]  # all of them, as each counts its calls
+    if not all(settled):
+        return None
+    gate = experts.gate_proj
+    return experts._replace(
+        up_proj=_kept(experts.up_proj),
+        gate_proj=None if gate is None else _kept(gate),
+        down_proj=_kept(experts.down_proj),
+    )
+
+
+def _kept(weight: Tensor) -> Tensor:
+    return packed.cached(weight, "blocks", lambda: in_blocks(weight))

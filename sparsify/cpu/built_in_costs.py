@@ -1,7 +1,8 @@
 """`Costs` as measured on one machine: what is used until a machine's own were measured.
 
-An AMD EPYC of the Zen 4 generation (AVX-512 and bf16), torch 2.14.1; but `fused_slim` and `moved` are of an Intel Xeon,
-as there was no EPYC when they were added.
+An AMD EPYC of the Zen 4 generation (AVX-512 and bf16), torch 2.14.1. Some were added when there was none: `fused_slim`
+and `moved` are of an Intel Xeon with AMX, and those of blocks are the tables without, times what blocks gain on a Xeon
+without (Ice Lake).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 BUILT_IN: dict[str, Any] = {
-    "format": 2,
+    "format": 3,
     "machine": "AMD EPYC (Zen 4)",
     "rows": [1, 4, 16, 64, 256],
     "rates": [
@@ -59,6 +60,8 @@ BUILT_IN: dict[str, Any] = {
                 "expert_packed": [2520000000.0, 10500000000.0, 31000000000.0, 47200000000.0, 53500000000.0],
                 "fused": [4400000000.0, 13500000000.0, 34300000000.0, 48200000000.0, 50100000000.0],
                 "fused_slim": [5450000000.0, 17100000000.0, 29500000000.0, 25200000000.0, 11100000000.0],
+                "fused_blocks": [4710000000.0, 13100000000.0, 38400000000.0, 54800000000.0, 50100000000.0],
+                "fused_blocks_slim": [5560000000.0, 19800000000.0, 42800000000.0, 51900000000.0, 27500000000.0],
             },
         },
         {
@@ -75,6 +78,8 @@ BUILT_IN: dict[str, Any] = {
                 "expert_packed": [4470000000.0, 19800000000.0, 53700000000.0, 85800000000.0, 102000000000.0],
                 "fused": [6220000000.0, 22900000000.0, 54500000000.0, 77400000000.0, 86100000000.0],
                 "fused_slim": [8150000000.0, 22400000000.0, 48900000000.0, 43800000000.0, 24900000000.0],
+                "fused_blocks": [6530000000.0, 20200000000.0, 64600000000.0, 96600000000.0, 88400000000.0],
+                "fused_blocks_slim": [7740000000.0, 26700000000.0, 65500000000.0, 78400000000.0, 65500000000.0],
             },
         },
     ],

@@ -38,8 +38,9 @@ static void take_tokens(void *data) {
     while ((task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.tasks[0]) {
         int64_t first = task * j.tokens_of_task, last = least(first + j.tokens_of_task, j.tokens);
         for (int64_t t = first; t < last; t++) start_row(&j, t);
-        if (!sort_pairs(&j, first, last, ends)) {
-            __atomic_store_n(&shared->bad, 1, __ATOMIC_RELAXED);
+        int status = sort_pairs(&j, first, last, ends);
+        if (status != FINE) {
+            __atomic_store_n(&shared->status, status, __ATOMIC_RELAXED);
             continue;
         }
         for (int64_t e = 0; e < j.experts; e++) {
@@ -68,5 +69,5 @@ static int run_by_tokens(job *j, int64_t threads, int64_t poison, parallel_funct
     if (threads > 1) parallel(take_tokens, j, (unsigned)threads, 0);
     else take_tokens(j);
     give_back(scratch);
-    return j->bad ? BAD_EXPERT : FINE;
+    return (int)j->status;
 }

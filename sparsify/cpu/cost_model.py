@@ -35,11 +35,9 @@ from sparsify.cpu.forms import FORMS, PACKING
 from sparsify.cpu.kernel import kernel_status
 
 ROWS = (1, 4, 16, 64, 256)
-# Neurons of an expert that the tables `fused_slim` and `fused` were measured with.
+# Neurons of an expert that the tables `fused_slim` and `fused`, and those of blocks, were measured with.
 FUSED_WIDTHS = (16, 384)
-# What a second copy of the weights must save to be worth its memory.
-_COPY = 1.25
-_FORMAT = 2  # of files
+_FORMAT = 3  # of files
 # The table that a form of one product after another is charged by.
 _TABLES = {"sorted_linears": "expert", "sorted_packed": "expert_packed"}
 
@@ -76,7 +74,8 @@ class Rates:
         values: values per second of activations, read and written.
         moved: values per second of rows of tokens that are brought into another order, read and written.
         tables: multiply-adds per second for each of `ROWS`: `dense`, `dense_packed`, `expert`, `expert_packed`,
-            `batched`, `fused` and `fused_slim`; a table may be missing where the machine has no such kernel.
+            `batched`, `fused`, `fused_slim`, `fused_blocks` and `fused_blocks_slim`; a table may be missing where the
+            machine has no such kernel.
     """
 
     call: float
@@ -180,7 +179,7 @@ class Costs:
     def experts(self, shape: FFNShape, tokens: int, forms: Collection[str] | None = None) -> tuple[str, float]:
         """The fastest form of the experts, and its seconds.
 
-        A form that keeps a packed copy of the weights must be a quarter faster than the others to be chosen.
+        A form that keeps a packed copy of the weights must be faster by a factor (`PACKING`) to be chosen.
 
         Args:
             shape: the layer.
@@ -190,7 +189,7 @@ class Costs:
         rates = self.for_dtype(shape.dtype)
         allowed = available_forms(shape.dtype) if forms is None else forms
         times = {form: _experts(shape, tokens, rates, form) for form in allowed}
-        return min(times.items(), key=lambda item: item[1] * (_COPY if item[0] in PACKING else 1))
+        return min(times.items(), key=lambda item: item[1] * PACKING.get(item[0], 1))
 
     def __str__(self) -> str:
         lines = [f"costs of {self.machine} ({self.source}), multiply-adds per nanosecond for {ROWS} rows"]
@@ -210,12 +209,14 @@ def current_costs() -> Costs:
 
 
 def available_forms(dtype: torch.dtype) -> list[str]:
-    """The forms that can run here: `fused` is the compiled kernel."""
+    """The forms that can run here: those that begin with `fused` are of the compiled kernel."""
     pack = packed.allowed() and packed.supported(dtype)
     forms = [form for form in FORMS if pack or form not in PACKING]
     status = kernel_status()
-    threads = status.threaded or torch.get_num_threads() == 1
-    return ["fused", *forms] if status.available and threads and dtype != torch.float16 else forms
+    if not status.available or not (status.threaded or torch.get_num_threads() == 1) or dtype == torch.float16:
+        return forms
+    blocks = ["fused_blocks"] if packed.allowed() and dtype == torch.float32 else []
+    return ["fused", *blocks, *forms]
 
 
 def processor_name() -> str:
@@ -247,8 +248,8 @@ def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
     hidden = 2 * gates * pairs * width / rates.values
     # Rows are gathered; outputs are joined, scattered, weighted and summed, which reads and writes all of them.
     moved = pairs * (2 * shape.hidden_size + 7 * shape.out_features) / rates.moved
-    if form == "fused":
-        return 2 * rates.call + _fused(rates, pairs * per_neuron, rows, width)
+    if form in ("fused", "fused_blocks"):
+        return 2 * rates.call + _fused(rates, form, pairs * per_neuron, rows, width)
     if form == "dense_masked":
         masking = 2 * tokens * shape.intermediate_size / rates.values + 8 * rates.call
         return _dense(shape, tokens, rates, "dense_packed") + masking
@@ -263,14 +264,14 @@ def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
     return calls * rates.call + rates.seconds(_TABLES[form], pairs * per_pair, rows) + hidden + moved
 
 
-def _fused(rates: Rates, per_neuron: float, rows: float, width: float) -> float:
+def _fused(rates: Rates, form: str, per_neuron: float, rows: float, width: float) -> float:
     """A pair costs its products, by the table, and the moving of its rows, which counts where experts are narrow.
 
     So its time is linear in the width, through those that were measured. `per_neuron` are multiply-adds.
     """
     slim, wide = FUSED_WIDTHS
-    least = rates.seconds("fused_slim", slim * per_neuron, rows)
-    most = rates.seconds("fused", wide * per_neuron, rows)
+    least = rates.seconds(f"{form}_slim", slim * per_neuron, rows)
+    most = rates.seconds(form, wide * per_neuron, rows)
     products = most * width / wide
     return max(products, least + (most - least) * (width - slim) / (wide - slim))
 

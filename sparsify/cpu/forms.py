@@ -8,7 +8,8 @@
 | `sorted_linears` | many tokens | none |
 | `sorted_packed` | many tokens | all, packed |
 
-They serve where `sparsify.cpu.kernel` cannot, or is slower.
+They serve where `sparsify.cpu.kernel` cannot, or is slower. It has two more: `fused`, with the weights as they are, and
+`fused_blocks`, with a copy of them in blocks (`sparsify/cpu/blocks.py`).
 T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neurons of one expert, n pairs of a token and
 a slot that is used.
 """
@@ -126,8 +127,8 @@ FORMS: Mapping[str, Form] = {
     "sorted_linears": sorted_linears,
     "sorted_packed": sorted_packed,
 }
-# Those that keep a packed copy of the weights.
-PACKING = frozenset({"dense_masked", "sorted_packed"})
+# Those that keep a packed copy of the weights, and how much faster they must be to be worth its memory.
+PACKING: Mapping[str, float] = {"dense_masked": 1.25, "sorted_packed": 1.25, "fused_blocks": 1.1}
 
 
 def _by_expert(

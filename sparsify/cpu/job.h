@@ -9,7 +9,7 @@
 #define FAIR_SHARE 3        /* segments of the largest size for each thread: then they are shared out evenly enough */
 #define KEPT_BYTES (64 << 20)
 
-enum { FINE, BAD_EXPERT, NO_MEMORY };
+enum { FINE, BAD_EXPERT, NO_MEMORY, STALE };
 
 typedef struct {
     const char *data;
@@ -32,6 +32,7 @@ typedef struct {
     const int64_t *ids;
     const float *y_bias, *y_added; /* what y begins with, [outputs] and [tokens][outputs], or NULL; fp32 alone */
     matrix up, gate, down;
+    matrix up_source, gate_source, down_source; /* what the blocks are a copy of, or without data */
     char *y;
     int64_t tokens, inner, width, outputs, experts, slots, activation, bf16, in_blocks;
     void (*barrier)(void);
@@ -45,7 +46,7 @@ typedef struct {
     float *out; /* [pairs][outputs] */
     const char *after; /* what a thread is likely to read after the last block of a segment, or NULL */
     int64_t takers;    /* threads that share the blocks of a segment */
-    int64_t by_tokens, tokens_of_task, *ends, bad; /* see by_tokens.h */
+    int64_t by_tokens, tokens_of_task, *ends, status; /* see by_tokens.h */
     int64_t whole, phase, arrived, next[PHASES], tasks[PHASES];
 } job;
 
@@ -89,19 +90,41 @@ static int64_t down_blocks(const job *j) {
     return parts_of(j->outputs, block_of(j, &j->down));
 }
 
+static const char *block_at(const matrix *m, int64_t expert, int64_t number, int64_t inner) {
+    return m->data + expert * m->expert + number * inner * m->row;
+}
+
+/* Whether the blocks of an expert may still be a copy: one value is compared, as what changes weights changes all. */
+static int may_be_copy(const matrix *blocks, const matrix *source, int64_t expert, int64_t outputs, int64_t inner) {
+    if (!source->data || !outputs || !inner) return 1;
+    int64_t output = outputs / 2, input = inner / 2, width = blocks->row / 4;
+    const float *block = (const float *)block_at(blocks, expert, output / width, inner);
+    const float *row = (const float *)(source->data + expert * source->expert + output * source->row);
+    return !memcmp(block + input * width + output % width, row + input, sizeof *row);
+}
+
+static int is_stale(const job *j, int64_t expert) {
+    return !may_be_copy(&j->up, &j->up_source, expert, j->width, j->inner) ||
+           !may_be_copy(&j->gate, &j->gate_source, expert, j->width, j->inner) ||
+           !may_be_copy(&j->down, &j->down_source, expert, j->outputs, j->width);
+}
+
 /* Counting sort of the pairs of some tokens by expert into `order`; those of e then end at ends[e], all of them at
-   ends[experts]. Whether all ids are of experts. */
+   ends[experts]. A status: whether all ids are of experts, and these may be used. */
 static int sort_pairs(job *j, int64_t first, int64_t last, int64_t *ends) {
     memset(ends, 0, (size_t)(j->experts + 1) * sizeof *ends);
     for (int64_t pair = first * j->slots; pair < last * j->slots; pair++) {
         int64_t e = j->ids[pair];
-        if (e < -1 || e >= j->experts) return 0;
+        if (e < -1 || e >= j->experts) return BAD_EXPERT;
         if (e >= 0) ends[e + 1]++;
     }
-    for (int64_t e = 0; e < j->experts; e++) ends[e + 1] += ends[e];
+    for (int64_t e = 0; e < j->experts; e++) {
+        if (ends[e + 1] && is_stale(j, e)) return STALE;
+        ends[e + 1] += ends[e];
+    }
     for (int64_t pair = first * j->slots; pair < last * j->slots; pair++)
         if (j->ids[pair] >= 0) j->order[ends[j->ids[pair]]++] = pair;
-    return 1;
+    return FINE;
 }
 
 INLINE float bias_at(const matrix *m, int64_t expert, int64_t column, int64_t bf16) {

@@ -26,10 +26,12 @@ from sparsify.kernels.reference import moe_ffn_reference
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_PACK = struct.Struct("35q").pack
+_PACK = struct.Struct("50q").pack
 # As in activations.h.
 _ACTIVATIONS = {"relu": 0, "squared_relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-_FINE, _BAD_EXPERT = 0, 1
+_FINE, _BAD_EXPERT, _NO_MEMORY, _STALE = range(4)
+_NO_MATRIX = (0,) * 5
+_NO_MATRICES = _NO_MATRIX * 3
 # Below so many operations a second thread costs more than it saves.
 _SMALL = 1 << 18
 # Tests set it: memory that was never written is NaN.
@@ -53,6 +55,10 @@ class KernelStatus(NamedTuple):
     threaded: bool
 
 
+class StaleBlocksError(Exception):
+    """The weights are no longer those that the blocks were made of."""
+
+
 class _Kernel(NamedTuple):
     status: KernelStatus
     call: Callable[[bytes], int] | None
@@ -73,21 +79,30 @@ def covers(x: Tensor, experts: Experts) -> bool:
     return not [t for t in experts[:6] if t is not None and (t.dtype != dtype or t.stride(-1) != 1)]
 
 
-def run(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
+def run(
+    x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts, blocks: Experts | None = None
+) -> Tensor:
     """See `sparsify::moe_ffn`; only where `covers` says so.
 
-    The weights may also be those of `experts_in_blocks`, in fp32.
+    Args:
+        x: see there, as are `routing_weights`, `expert_ids` and `experts`.
+        routing_weights: see `x`.
+        expert_ids: see `x`.
+        experts: see `x`.
+        blocks: `experts_in_blocks` of them, in fp32, which are then read in their place.
 
     Raises:
         IndexError: an expert id is not in `[-1, E)`.
         MemoryError: there is no memory for the hidden values.
+        StaleBlocksError: the experts were written to since.
     """
-    return _call(_kernel(), x, routing_weights, expert_ids, experts)
+    return _call(_kernel(), x, routing_weights, expert_ids, experts, blocks)
 
 
-def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor:
-    up, down = experts.up_proj, experts.down_proj
-    num_experts, hidden_size, width, outputs = len(up), x.shape[1], down.shape[2], _outputs(experts)
+def _call(
+    kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts, blocks: Experts | None
+) -> Tensor:
+    (num_experts, width, hidden_size), outputs = experts.up_proj.shape, experts.down_proj.shape[1]
     num_tokens, top_k = expert_ids.shape
     # The kernel reads the memory of what is named here. Conversions that change nothing would cost microseconds.
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -101,10 +116,8 @@ def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tenso
         num_tokens, hidden_size, width, outputs, num_experts, top_k,
         _ACTIVATIONS[experts.activation], size == 2, 1 if small else torch.get_num_threads(), _poison,
         kernel.parallel, kernel.barrier,
-        *_matrix(up, experts.up_bias, size),
-        *_matrix(experts.gate_proj, experts.gate_bias, size),
-        *_matrix(down, experts.down_bias, size),
-        up.dim() == 4, 0, 0,
+        *_matrices(blocks or experts, size), blocks is not None, 0, 0,
+        *(_matrices(experts, size) if blocks else _NO_MATRICES),
     )  # fmt: skip
     assert kernel.call is not None
     status = kernel.call(packed)
@@ -112,19 +125,22 @@ def _call(kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tenso
         return y
     if status == _BAD_EXPERT:
         raise IndexError(f"expert_ids must lie in [-1, {num_experts}), got {int(ids.min())} to {int(ids.max())}")
+    if status == _STALE:
+        raise StaleBlocksError
     raise MemoryError(f"no memory for the hidden values of {num_tokens} tokens")
 
 
-def _outputs(experts: Experts) -> int:
-    down, bias = experts.down_proj, experts.down_bias
-    if down.dim() == 3:
-        return down.shape[1]
-    return down.shape[1] * down.shape[3] if bias is None else bias.shape[1]
+def _matrices(experts: Experts, size: int) -> tuple[int, ...]:
+    return (
+        *_matrix(experts.up_proj, experts.up_bias, size),
+        *_matrix(experts.gate_proj, experts.gate_bias, size),
+        *_matrix(experts.down_proj, experts.down_bias, size),
+    )
 
 
-def _matrix(weight: Tensor | None, bias: Tensor | None, size: int) -> tuple[int, int, int, int, int]:
+def _matrix(weight: Tensor | None, bias: Tensor | None, size: int) -> tuple[int, ...]:
     if weight is None:
-        return 0, 0, 0, 0, 0
+        return _NO_MATRIX
     expert, row = weight.stride(0), weight.stride(-2)
     if bias is None:
         return weight.data_ptr(), expert * size, row * size, 0, 0
@@ -191,8 +207,8 @@ def _self_check(kernel: _Kernel) -> str:
             x, weights = random(tokens, hidden_size), torch.rand((tokens, top_k), generator=generator)
             ids = torch.randint(-1, num_experts, (tokens, top_k), generator=generator)
             expected = moe_ffn_reference(x.double(), weights.double(), ids, *experts.double())
-            for layout in (experts, experts_in_blocks(experts)) if dtype == torch.float32 else (experts,):
-                y = _call(kernel, x, weights, ids, layout).double()
+            for blocks in (None, experts_in_blocks(experts)) if dtype == torch.float32 else (None,):
+                y = _call(kernel, x, weights, ids, experts, blocks).double()
                 error = float((y - expected).abs().max() / expected.abs().max())
                 if not error <= bound:
                     return f"its results are wrong: relative error {error:.1e} in {dtype}, at most {bound:.0e} expected"

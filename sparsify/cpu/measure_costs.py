@@ -10,6 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from sparsify.cpu import kernel, packed
+from sparsify.cpu.blocks import experts_in_blocks
 from sparsify.cpu.cost_model import FUSED_WIDTHS, ROWS, Rates
 from sparsify.cpu.experts import Experts
 
@@ -39,8 +40,9 @@ def measure_rates(dtype: torch.dtype) -> Rates:
         tables["dense_packed"] = _table([*map(pack, wide)], _WIDE, apply, dtype)
         tables["expert_packed"] = _table([*map(pack, narrow)], _NARROW, apply, dtype)
     if kernel.kernel_status().available:
-        tables["fused"] = _fused_table(weight, dtype)
-        tables["fused_slim"] = _slim_table(weight, dtype)
+        for form in ["fused", "fused_blocks"] if dtype == torch.float32 else ["fused"]:
+            tables[form] = _fused_table(weight, dtype, form)
+            tables[f"{form}_slim"] = _slim_table(weight, dtype, form)
     row = torch.randn(1, 16).to(dtype)
     call = _seconds(lambda: [torch.relu(row) for _ in range(100)]) / 100 * 2  # of ops with more arguments: about twice
     values = torch.randn(1 << 20).to(dtype)
@@ -81,19 +83,19 @@ def _batched_table(weight: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
     return tuple(rates)
 
 
-def _fused_table(weight: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
+def _fused_table(weight: Tensor, dtype: torch.dtype, form: str) -> tuple[float, ...]:
     """Half of `weight` as up_proj, half as down_proj; K = 1, every expert with the same rows."""
     num_experts = len(weight) // _NARROW // 2
     experts = _experts(weight, num_experts, _NARROW)
     ids = torch.arange(num_experts).unsqueeze(1)
-    return tuple(_fused_rate(experts, ids.repeat(rows, 1), dtype) for rows in ROWS)
+    return tuple(_fused_rate(experts, ids.repeat(rows, 1), dtype, form) for rows in ROWS)
 
 
-def _slim_table(weight: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
+def _slim_table(weight: Tensor, dtype: torch.dtype, form: str) -> tuple[float, ...]:
     """Every token runs every other expert, so that most of the time goes into its rows of inputs and outputs."""
     experts = _experts(weight, _SLIM_EXPERTS, _SLIM)
     ids = torch.arange(_SLIM_EXPERTS).view(-1, 2).t()  # [2, E / 2]
-    return tuple(_fused_rate(experts, ids.repeat(rows, 1), dtype) for rows in ROWS)
+    return tuple(_fused_rate(experts, ids.repeat(rows, 1), dtype, form) for rows in ROWS)
 
 
 def _experts(weight: Tensor, num_experts: int, width: int) -> Experts:
@@ -103,7 +105,8 @@ def _experts(weight: Tensor, num_experts: int, width: int) -> Experts:
     return Experts(up, None, None, None, down, None, "gelu")
 
 
-def _fused_rate(experts: Experts, ids: Tensor, dtype: torch.dtype) -> float:
+def _fused_rate(experts: Experts, ids: Tensor, dtype: torch.dtype, form: str) -> float:
     """Of the kernel on as many tokens as `ids` `[T, K]` says."""
+    blocks = experts_in_blocks(experts) if form == "fused_blocks" else None
     x, ones, ids = torch.randn(len(ids), _HIDDEN).to(dtype), torch.ones(ids.shape), ids.contiguous()
-    return ids.numel() * 2 * experts.up_proj[0].numel() / _seconds(lambda: kernel.run(x, ones, ids, experts))
+    return ids.numel() * 2 * experts.up_proj[0].numel() / _seconds(lambda: kernel.run(x, ones, ids, experts, blocks))

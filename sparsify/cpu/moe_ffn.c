@@ -122,7 +122,8 @@ static void list_by_expert(job *j, int64_t used) {
 static int plan(job *j, int64_t *ends) {
     int64_t segment_rows = SEGMENT_BYTES / (j->x_panel / VL + 1) / VL * VL;
     segment_rows = least(segment_rows < VL ? VL : segment_rows, SEGMENT_PANELS * VL);
-    if (!sort_pairs(j, 0, j->tokens, ends)) return BAD_EXPERT;
+    int status = sort_pairs(j, 0, j->tokens, ends);
+    if (status != FINE) return status;
     for (int64_t e = 0; e < j->experts; e++) {
         int64_t first = e ? ends[e - 1] : 0, count = ends[e] - first;
         int64_t parts = (count + segment_rows - 1) / segment_rows;
@@ -197,7 +198,9 @@ static matrix matrix_at(const int64_t *a) {
     return (matrix){(const char *)(intptr_t)a[0], a[1], a[2], (const char *)(intptr_t)a[3], a[4]};
 }
 
-/* `a` is what sparsify/cpu/kernel.py packs, in the same order; pointers are numbers, strides count bytes. */
+#define NUMBERS 50
+
+/* `a` [NUMBERS] is what sparsify/cpu/kernel.py packs, in the same order; pointers are numbers, strides count bytes. */
 int sparsify_moe_ffn(const int64_t *a) {
     job j = {
         .x = (const char *)(intptr_t)a[0],
@@ -220,6 +223,9 @@ int sparsify_moe_ffn(const int64_t *a) {
         .in_blocks = a[32],
         .y_bias = (const float *)(intptr_t)a[33],
         .y_added = (const float *)(intptr_t)a[34],
+        .up_source = matrix_at(a + 35),
+        .gate_source = matrix_at(a + 40),
+        .down_source = matrix_at(a + 45),
     };
     if (goes_by_tokens(&j, a[13])) return run_by_tokens(&j, a[13], a[14], (parallel_function)(intptr_t)a[15]);
     int64_t chunk = j.experts * SEGMENT_PANELS * VL;

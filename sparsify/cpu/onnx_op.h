@@ -202,7 +202,7 @@ static void *compute(void *kernel, void *context) {
     if (status) return status;
     int64_t slots = t[IDS].dims[1], width = t[DOWN].dims[2];
     int64_t operations = shape[0] * slots * width * (t[X].dims[1] + shape[1]);
-    int64_t a[35] = {
+    int64_t a[NUMBERS] = {
         address(t[X].data), t[X].dims[1] * 4, address(t[ROUTING].data), address(t[IDS].data), address(y),
         shape[0], t[X].dims[1], width, shape[1], t[UP].dims[0], slots,
         own->activation, 0, workers_for(operations), 0, address((const void *)onnx_parallel), 0,

@@ -1,8 +1,9 @@
-"""Weights packed by oneDNN once and kept while they live unchanged, as an inference engine does; each is a second copy.
+"""Weights packed once and kept while they live unchanged, as an inference engine does; each is a second copy.
 
-The ops are private to torch, so they are tried before they are used. A packed weight is dropped when its storage is
-freed and packed anew when the weight was written to (`Tensor._version`; writing through `.data` escapes that counter:
-set `SPARSIFY_NO_PREPACK=1` where that happens or where the memory is not to be spent).
+A packed weight is dropped when its storage is freed or the weight was written to (`Tensor._version`). Writing through
+`.data` escapes that counter: the compiled kernel notices it, what oneDNN packed does not. Set `SPARSIFY_NO_PREPACK=1`
+where that happens or where the memory is not to be spent. The ops of oneDNN are private to torch, so they are tried
+before they are used.
 """
 
 from __future__ import annotations
@@ -10,17 +11,25 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+# A weight that was written to is likely to be trained, until it stays as it is for so many calls.
+_UNCHANGED = 8
 
-class _Entry(NamedTuple):
+
+@dataclass
+class _Entry:
+    """What is known of a weight: `calls` until it counts as settled, and its packed forms by name."""
+
     storage: StorageWeakRef
     version: int
-    packed: Tensor
+    calls: int
+    forms: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 _cache: dict[tuple[Any, ...], _Entry] = {}
@@ -63,17 +72,43 @@ def cached(weight: Tensor, name: str, make: Callable[[], Tensor]) -> Tensor:
         name: tells several forms of one weight apart.
         make: packs it.
     """
-    storage = weight.untyped_storage()
-    key = (name, storage.data_ptr(), weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
-    version = 0 if weight.is_inference() else weight._version
+    forms = _entry(weight).forms
+    if name not in forms:
+        with torch.no_grad():
+            forms[name] = make()
+    return forms[name]
+
+
+def settled(weight: Tensor) -> bool:
+    """Whether a packed form is likely to last: the weight was never seen to change, or not in the last calls."""
+    entry = _entry(weight)
+    entry.calls = max(entry.calls - 1, 0)
+    return not entry.calls
+
+
+def forget(weight: Tensor) -> None:
+    """Drop the packed forms of a weight that was written to unseen; `settled` takes that for a change."""
+    _cache[_key(weight)] = _Entry(StorageWeakRef(weight.untyped_storage()), _version(weight), _UNCHANGED)
+
+
+def _entry(weight: Tensor) -> _Entry:
+    key, version = _key(weight), _version(weight)
     entry = _cache.get(key)
     if entry is not None and entry.version == version and not entry.storage.expired():
-        return entry.packed
+        return entry
+    changed = entry is not None and not entry.storage.expired()
     drop_dead()
-    with torch.no_grad():
-        packed = make()
-    _cache[key] = _Entry(StorageWeakRef(storage), version, packed)
-    return packed
+    _cache[key] = entry = _Entry(StorageWeakRef(weight.untyped_storage()), version, _UNCHANGED if changed else 0)
+    return entry
+
+
+def _key(weight: Tensor) -> tuple[Any, ...]:
+    place = weight.untyped_storage().data_ptr(), weight.storage_offset()
+    return *place, weight.shape, weight.stride(), weight.dtype
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 def drop_dead() -> None:

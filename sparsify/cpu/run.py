@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from sparsify.cpu import kernel
+from sparsify.cpu import kernel, packed
+from sparsify.cpu.blocks import kept_blocks
 from sparsify.cpu.cost_model import Costs, FFNShape, available_forms, current_costs
 from sparsify.cpu.experts import Experts
 from sparsify.cpu.forms import FORMS
@@ -37,20 +38,45 @@ def moe_ffn_cpu(
     if not expert_ids.numel() or not down_proj.shape[1]:
         return x.new_zeros((x.shape[0], down_proj.shape[1]))
     experts = Experts(up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation)
-    form = choose_form(x, expert_ids, experts)
+    trained = x.requires_grad or routing_weights.requires_grad
+    form = choose_form(x, expert_ids, experts, blocks=not trained)
+    if form == "fused_blocks":
+        y = _in_blocks(x, routing_weights, expert_ids, experts)
+        if y is not None:
+            return y
+        form = choose_form(x, expert_ids, experts, blocks=False)
     if form == "fused":
         return kernel.run(x, routing_weights, expert_ids, experts)
     return FORMS[form](x, routing_weights, expert_ids, experts)
 
 
-def choose_form(x: Tensor, expert_ids: Tensor, experts: Experts) -> str:
-    """The form for these sizes and slots in use; the same for the same numbers, options and file of costs."""
+def _in_blocks(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor | None:
+    """None where the weights are being changed, so that a copy would not last."""
+    blocks = kept_blocks(experts)
+    try:
+        return None if blocks is None else kernel.run(x, routing_weights, expert_ids, experts, blocks)
+    except kernel.StaleBlocksError:
+        for weight in (experts.up_proj, experts.gate_proj, experts.down_proj):
+            if weight is not None:
+                packed.forget(weight)
+        return None
+
+
+def choose_form(x: Tensor, expert_ids: Tensor, experts: Experts, *, blocks: bool = True) -> str:
+    """The form for these sizes and slots in use; the same for the same numbers, options and file of costs.
+
+    Args:
+        x: `[T, D]`.
+        expert_ids: `[T, K]`.
+        experts: the weights.
+        blocks: `fused_blocks` may be chosen.
+    """
     num_experts, width, hidden_size = experts.up_proj.shape
     tokens = len(x)
     top_k = max(1, -(-_used_slots(expert_ids) // tokens))  # slots may be many and most of them unused
     return _choose(
         current_costs(), tokens, hidden_size, width, experts.down_proj.shape[1], num_experts, top_k,
-        experts.gate_proj is not None, x.dtype, kernel.covers(x, experts), torch.get_num_threads(),
+        experts.gate_proj is not None, x.dtype, kernel.covers(x, experts), blocks, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -63,8 +89,9 @@ def _used_slots(expert_ids: Tensor) -> int:
 @functools.lru_cache(maxsize=4096)
 def _choose(
     costs: Costs, tokens: int, hidden_size: int, width: int, out_features: int, num_experts: int, top_k: int,
-    gated: bool, dtype: torch.dtype, covered: bool, threads: int,
+    gated: bool, dtype: torch.dtype, covered: bool, blocks: bool, threads: int,
 ) -> str:  # fmt: skip
     shape = FFNShape(hidden_size, width * num_experts, out_features, num_experts, top_k, gated, dtype)
-    forms = [form for form in available_forms(dtype) if form != "fused" or covered]
+    fit = {"fused": covered, "fused_blocks": covered and blocks}
+    forms = [form for form in available_forms(dtype) if fit.get(form, True)]
     return costs.experts(shape, tokens, forms)[0]

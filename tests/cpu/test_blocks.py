@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsify.cpu import kernel
-from sparsify.cpu.blocks import experts_in_blocks, in_blocks
+from sparsify.cpu.blocks import experts_in_blocks, in_blocks, kept_blocks
 
 needs_kernel = pytest.mark.skipif(not kernel.kernel_status().available, reason=kernel.kernel_status().reason)
 
@@ -47,10 +47,7 @@ def test_no_outputs():
 def test_equals_the_reference(shape, gated, biased, make_layer, error_of):
     """Protects: tails of every dimension, tiles of every height, and unwritten memory."""
     x, weights, ids, experts = layer = make_layer(*shape, gated=gated, biased=biased)
-    blocks = experts_in_blocks(experts)
-    if not biased:  # without one the kernel cannot tell how many outputs are padding
-        blocks = blocks._replace(down_bias=torch.zeros(experts.down_proj.shape[:2]))
-    assert error_of(kernel.run(x, weights, ids, blocks), layer) <= 1.5e-6
+    assert error_of(kernel.run(x, weights, ids, experts, experts_in_blocks(experts)), layer) <= 1.5e-6
 
 
 @needs_kernel
@@ -68,7 +65,7 @@ def test_same_bits_with_any_number_of_threads(tokens, width, num_experts, make_l
         results = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            results.append(kernel.run(x, weights, ids, blocks))
+            results.append(kernel.run(x, weights, ids, experts, blocks))
     finally:
         torch.set_num_threads(before)
     assert error_of(results[0], layer) <= 1.5e-6
@@ -81,7 +78,7 @@ def test_unused_slots(make_layer, error_of):
     x, weights, ids, experts = make_layer(29, 40, 24, 72, 5, 3)
     ids[torch.rand(29, 3) < 0.4] = -1
     ids[0] = -1
-    y = kernel.run(x, weights, ids, experts_in_blocks(experts))
+    y = kernel.run(x, weights, ids, experts, experts_in_blocks(experts))
     assert error_of(y, (x, weights, ids, experts)) <= 1.5e-6
     assert not y[0].any()
 
@@ -94,7 +91,7 @@ def test_an_expert_named_twice(tokens, make_layer, error_of):
     ids[::2, 1] = ids[::2, 0]
     ids[::3] = 2
     layer = (x, weights, ids, experts)
-    assert error_of(kernel.run(x, weights, ids, experts_in_blocks(experts)), layer) <= 1.5e-6
+    assert error_of(kernel.run(x, weights, ids, experts, experts_in_blocks(experts)), layer) <= 1.5e-6
 
 
 @needs_kernel
@@ -105,4 +102,37 @@ def test_an_expert_that_is_none(make_layer):
         for wrong in (4, -2, 2**40):
             ids[tokens - 1, 1] = wrong
             with pytest.raises(IndexError, match=r"must lie in \[-1, 4\)"):
-                kernel.run(x, weights, ids, experts_in_blocks(experts))
+                kernel.run(x, weights, ids, experts, experts_in_blocks(experts))
+
+
+@needs_kernel
+@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("written", ["up_proj", "gate_proj", "down_proj"])
+def test_a_copy_that_is_stale(tokens, written, make_layer):
+    """Protects: weights that were written to since are noticed, each of them and for each expert that runs."""
+    x, weights, ids, experts = make_layer(tokens, 40, 24, 72, 5, 2, gated=True)
+    ids[:] = torch.tensor([0, 3])
+    blocks = experts_in_blocks(experts)
+    getattr(experts, written)[[1, 2, 4]] += 1  # of experts that do not run here
+    kernel.run(x, weights, ids, experts, blocks)
+    getattr(experts, written)[3] += 1
+    with pytest.raises(kernel.StaleBlocksError):
+        kernel.run(x, weights, ids, experts, blocks)
+
+
+@needs_kernel
+def test_kept_while_weights_stay(make_layer):
+    """Protects: one copy for all calls; none while weights change, as in training; one again when they stay."""
+    experts = make_layer(1, 16, 8, 12, 4, 2, gated=True)[3]
+    first = kept_blocks(experts)
+    assert first is not None
+    for name in ("up_proj", "gate_proj", "down_proj"):
+        assert getattr(kept_blocks(experts), name) is getattr(first, name)
+        for _ in range(3):
+            getattr(experts, name).mul_(2)
+            assert kept_blocks(experts) is None
+        found = [kept_blocks(experts) for _ in range(20)]
+        assert found[0] is None
+        again = found[-1]
+        assert again is not None
+        assert torch.equal(getattr(again, name), in_blocks(getattr(experts, name)))

@@ -11,13 +11,14 @@ from sparsify.cpu import cost_model
 from sparsify.cpu.cost_model import ROWS, Costs, FFNShape, Rates
 from sparsify.cpu.forms import FORMS
 
-ALL = ("fused", *FORMS)
+ALL = ("fused", "fused_blocks", *FORMS)
 
 
 def make_costs(**tables: float) -> Costs:
     """The same rate for all rows; 1 us a call."""
     rates = {name: tuple([tables.get(name, 1e10)] * len(ROWS)) for name in
-             ("dense", "dense_packed", "expert", "expert_packed", "batched", "fused", "fused_slim")}  # fmt: skip
+             ("dense", "dense_packed", "expert", "expert_packed", "batched", "fused", "fused_slim", "fused_blocks",
+              "fused_blocks_slim")}  # fmt: skip
     return Costs("none", "test", {("float32", torch.get_num_threads()): Rates(1e-6, 1e9, 4e9, rates)})
 
 
@@ -77,8 +78,8 @@ def test_rate_between_rows():
 
 def test_each_form_is_chosen_where_it_is_fastest():
     """Protects: a form is charged by its own table."""
-    forms = ("fused", "dense_masked", "padded_bmm", "sorted_packed")
-    for form, table in zip(forms, ("fused", "dense_packed", "batched", "expert_packed"), strict=True):
+    forms = ("fused", "fused_blocks", "dense_masked", "padded_bmm", "sorted_packed")
+    for form, table in zip(forms, ("fused", "fused_blocks", "dense_packed", "batched", "expert_packed"), strict=True):
         assert make_costs(**{table: 1e14}).experts(shape(), 1024, ALL)[0] == form
     assert make_costs(expert=1e14).experts(shape(), 1, ["token_loop", "sorted_linears"])[0] == "token_loop"
     assert make_costs(expert=1e14).experts(shape(), 1024, ["token_loop", "sorted_linears"])[0] == "sorted_linears"
@@ -88,13 +89,15 @@ def test_a_copy_of_the_weights_must_pay():
     """Protects: memory is not doubled for a few percent."""
     assert make_costs(expert_packed=1.15e10).experts(shape(), 1024, ["fused", "sorted_packed"])[0] == "fused"
     assert make_costs(expert_packed=3e10).experts(shape(), 1024, ["fused", "sorted_packed"])[0] == "sorted_packed"
+    assert make_costs(fused_blocks=1.05e10).experts(shape(), 1024, ["fused", "fused_blocks"])[0] == "fused"
+    assert make_costs(fused_blocks=1.2e10).experts(shape(), 1024, ["fused", "fused_blocks"])[0] == "fused_blocks"
 
 
 @pytest.mark.parametrize("form", ALL)
 def test_more_tokens_cost_more(form):
     """Protects: no form is free at any size. A single row may cost more than four: it takes another path in oneDNN."""
     costs = Costs.load()
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if form != "fused_blocks" else (torch.float32,):
         layer = FFNShape(768, 3072, 768, 8, 2, False, dtype)
         times = [costs.experts(layer, tokens, [form])[1] for tokens in (4, 16, 64, 512)]
         assert times == sorted(times)
@@ -110,9 +113,9 @@ def test_built_in_numbers_say_that_experts_pay():
 
 
 def test_many_narrow_experts_are_run_together():
-    """Protects: 96 of 192 experts of 8 neurons do not run one after another."""
+    """Protects: 96 of 192 experts of 8 neurons do not run one after another in rows."""
     layer = FFNShape(384, 1536, 384, 192, 96, False, torch.float32)
-    assert Costs.load().experts(layer, 512, ALL)[0] == "dense_masked"
+    assert Costs.load().experts(layer, 512, ["fused", *FORMS])[0] == "dense_masked"
 
 
 def test_saved_and_loaded(tmp_path, monkeypatch):
@@ -136,8 +139,8 @@ def test_saved_and_loaded(tmp_path, monkeypatch):
         "",
         "{}",
         "[1]",
-        '{"format": 2, "rows": [], "rates": []}',
-        '{"format": 1, "rows": [1, 4, 16, 64, 256], "machine": "older", "rates": []}',
+        '{"format": 3, "rows": [], "rates": []}',
+        '{"format": 2, "rows": [1, 4, 16, 64, 256], "machine": "older", "rates": []}',
     ],
 )
 def test_a_file_that_is_none(tmp_path, text):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsify.cpu import build, kernel
+from sparsify.cpu import blocks, build, kernel, run
+from sparsify.cpu.blocks import in_blocks
 from sparsify.cpu.experts import pick
 from sparsify.cpu.run import choose_form, moe_ffn_cpu
 from sparsify.ops.moe_ffn import moe_ffn
@@ -61,7 +62,46 @@ def test_the_kernel_is_chosen_where_it_covers(make_layer):
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in (1, 16, 256):
             x, _, ids, experts = make_layer(tokens, 768, 96, 768, 8, 2, dtype=dtype)
-            assert choose_form(x, ids, experts) == "fused"
+            assert choose_form(x, ids, experts).startswith("fused")
+            assert choose_form(x, ids, experts, blocks=False) == "fused"
+
+
+@pytest.fixture
+def blocks_made(monkeypatch):
+    """Blocks are what the cost model wants; the weights they were made of, in order."""
+    if not kernel.kernel_status().available:
+        pytest.skip(kernel.kernel_status().reason)
+    made = []
+    monkeypatch.setattr(blocks, "in_blocks", lambda weight: made.append(weight) or in_blocks(weight))
+    monkeypatch.setattr(run, "choose_form", lambda *_, blocks: "fused_blocks" if blocks else "fused")
+    return made
+
+
+@pytest.mark.parametrize("how", ["in place", ".data"])
+def test_weights_that_are_written_to_between_calls(how, blocks_made, make_layer, error_of):
+    """Protects: no stale copy answers, and changing weights are not copied again and again."""
+    layer = make_layer(40, 33, 17, 29, 4, 2)
+    x, weights, ids, experts = layer
+    with torch.no_grad():
+        for step in range(4):
+            for _ in range(2):
+                assert error_of(moe_ffn(x, weights, ids, *experts), layer) <= 1e-6
+            (experts.up_proj.data if how == ".data" else experts.up_proj).mul_(1.5)
+            assert len(blocks_made) == 2, step  # up_proj and down_proj, before the first change
+        for _ in range(20):
+            assert error_of(moe_ffn(x, weights, ids, *experts), layer) <= 1e-6
+    assert len(blocks_made) > 2
+
+
+def test_training_copies_no_weights(blocks_made, make_layer):
+    """Protects: a step of training does not pack weights that it is about to change."""
+    x, weights, ids, experts = make_layer(40, 33, 17, 29, 4, 2)
+    moe_ffn(x.requires_grad_(), weights, ids, *experts).sum().backward()
+    moe_ffn(x.detach(), weights.requires_grad_(), ids, *experts).sum().backward()
+    assert not blocks_made
+    with torch.no_grad():
+        moe_ffn(x.detach(), weights.detach(), ids, *experts)
+    assert len(blocks_made) == 2
 
 
 def test_the_choice_is_the_same_every_time(make_layer, monkeypatch):
