@@ -31,22 +31,25 @@ typedef struct {
 INLINE void tile_outputs(const float *const *a, const float *w, int64_t width, int64_t from, int64_t to, int rows,
                          int vectors, int64_t last, fetch next, const sums *s, int64_t first) {
     vf acc[TALL][MOST_WIDE];
+    float *z[TALL];
+    UNROLL
+    for (int i = 0; i < rows; i++) z[i] = s->z[i] + first;
     UNROLL
     for (int v = 0; v < vectors; v++) {
-        int64_t at = first + v * VL, bytes = (v < vectors - 1 ? VL : last) * 4;
-        vf bias = s->bias && !from ? (vf)load_part(s->bias + at, bytes) : splat(0.0f);
+        int64_t lanes = v < vectors - 1 ? VL : last;
+        vf bias = s->bias && !from ? (vf)load_words(s->bias + first + v * VL, lanes) : splat(0.0f);
         UNROLL
-        for (int i = 0; i < rows; i++) {
-            acc[i][v] = from ? (vf)load_part(s->z[i] + at, bytes) : splat(s->scale[i]) * bias;
-        }
+        for (int i = 0; i < rows; i++)
+            acc[i][v] = from ? (vf)load_words(z[i] + v * VL, lanes) : splat(s->scale[i]) * bias;
     }
+    int64_t adds = s->adds;
     w += from * width;
     next.at += from * next.step;
     for (int64_t d = from; d < to; d++, w += width, next.at += next.step) {
         vf weight[MOST_WIDE];
         UNROLL
         for (int v = 0; v < vectors; v++) {
-            weight[v] = v < vectors - 1 || last == VL ? loadf(w + v * VL) : (vf)load_part(w + v * VL, last * 4);
+            weight[v] = (vf)load_words(w + v * VL, v < vectors - 1 ? VL : last);
             if (v * VL * 4 % LINE == 0) __builtin_prefetch(next.at + v * VL * 4);
         }
         UNROLL
@@ -60,10 +63,45 @@ INLINE void tile_outputs(const float *const *a, const float *w, int64_t width, i
     for (int i = 0; i < rows; i++)
         UNROLL
         for (int v = 0; v < vectors; v++) {
-            int64_t at = first + v * VL, bytes = (v < vectors - 1 ? VL : last) * 4;
-            if (s->adds) acc[i][v] += (vf)load_part(s->z[i] + at, bytes);
-            store_part(s->z[i] + at, acc[i][v], bytes);
+            int64_t lanes = v < vectors - 1 ? VL : last;
+            if (adds) acc[i][v] += (vf)load_words(z[i] + v * VL, lanes);
+            store_part(z[i] + v * VL, acc[i][v], lanes * 4);
         }
+}
+
+/* A block half a vector wide: a vector holds what two inputs have, and then a lane every second of them. */
+INLINE void half_tile(const float *const *a, const float *w, int64_t inner, int rows, fetch next, const sums *s) {
+    vf acc[TALL];
+    UNROLL
+    for (int i = 0; i < rows; i++) acc[i] = splat(0.0f);
+    int64_t d = 0;
+    for (; d + 1 < inner; d += 2, next.at += 2 * next.step) {
+        vf weight = loadf(w + d * HALF);
+        weight = SHUFFLE(weight, weight, MIX);
+        __builtin_prefetch(next.at);
+        UNROLL
+        for (int i = 0; i < rows; i++) acc[i] += splat_two(a[i] + d) * weight;
+    }
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        vf sum = acc[i] + SHUFFLE(acc[i], acc[i], SWAP);
+        sum = SHUFFLE(sum, sum, EVEN);
+        if (d < inner) sum += splat(a[i][d]) * (vf)load_words(w + d * HALF, HALF);
+        if (s->bias) sum += splat(s->scale[i]) * (vf)load_words(s->bias, HALF);
+        if (s->adds) sum += (vf)load_words(s->z[i], HALF);
+        store_part(s->z[i], sum, HALF * 4);
+    }
+}
+
+static void half_block(const float *const *a, int64_t rows, const float *w, int64_t inner, fetch next, const sums *s) {
+    switch (rows) {
+    case 6: half_tile(a, w, inner, 6, next, s); break;
+    case 5: half_tile(a, w, inner, 5, next, s); break;
+    case 4: half_tile(a, w, inner, 4, next, s); break;
+    case 3: half_tile(a, w, inner, 3, next, s); break;
+    case 2: half_tile(a, w, inner, 2, next, s); break;
+    default: half_tile(a, w, inner, 1, next, s);
+    }
 }
 
 INLINE void rows_by_outputs(const float *const *a, int64_t rows, const float *w, int64_t width, int64_t from,
@@ -111,6 +149,7 @@ static void product_outputs(const float *const *a, int64_t rows, const matrix *m
     const char *block = block_at(m, expert, first / width, inner);
     const float *w = (const float *)block + first % width;
     fetch next = to_fetch(now, block, next_block, inner, m->row);
+    if (width == HALF && outputs == HALF) return half_block(a, rows, w, inner, next, s);
     int64_t part = outputs <= wide ? inner : INPUTS_AT_ONCE, from = 0;
     do {
         for (int64_t n = 0; n < outputs; n += wide) {
@@ -146,12 +185,12 @@ static sums plain_sums(float *z, int64_t row, const float *bias) {
 
 /* Of hidden values that are multiplied by the routing weight of their pair. */
 static void up_outputs(job *j, const segment *s, int64_t first, int64_t outputs) {
-    int64_t lanes = round_up(outputs, VL), number = first / (j->up.row / 4);
+    int64_t number = first / (j->up.row / 4);
     const char *next = block_after(j, &j->up, s->expert, number, j->width, j->inner);
     const char *next_gate = j->gate.data ? block_after(j, &j->gate, s->expert, number, j->width, j->inner) : NULL;
-    float z[TALL * OUTPUTS] = {0}, gate[TALL * OUTPUTS] = {0}; /* lanes beyond the outputs stay 0 */
-    sums into_z = plain_sums(z, lanes, bias_of(&j->up, s->expert, first));
-    sums into_gate = plain_sums(gate, lanes, bias_of(&j->gate, s->expert, first));
+    float z[TALL * OUTPUTS] = {0}, gate[TALL * OUTPUTS] = {0}; /* activated in whole vectors */
+    sums into_z = plain_sums(z, outputs, bias_of(&j->up, s->expert, first));
+    sums into_gate = plain_sums(gate, outputs, bias_of(&j->gate, s->expert, first));
     turn now = {0, parts_of(s->rows, TALL)};
     for (int64_t done = 0, rows; done < s->rows; done += rows, now.number++) {
         const float *a[TALL];
@@ -160,13 +199,13 @@ static void up_outputs(job *j, const segment *s, int64_t first, int64_t outputs)
         product_outputs(a, rows, &j->up, s->expert, first, outputs, j->inner, now, next, &into_z);
         if (j->gate.data)
             product_outputs(a, rows, &j->gate, s->expert, first, outputs, j->inner, now, next_gate, &into_gate);
-        activate(j->gate.data ? gate : z, rows * lanes, (int)j->activation);
+        activate(j->gate.data ? gate : z, rows * outputs, (int)j->activation);
         if (j->gate.data)
-            for (int64_t i = 0; i < rows * lanes; i++) z[i] *= gate[i];
+            for (int64_t i = 0; i < rows * outputs; i++) z[i] *= gate[i];
         for (int64_t i = 0; i < rows; i++) {
             float *to = (float *)(j->hidden_rows + (s->row + done + i) * j->hidden_row) + first;
             float weight = weight_of(j, j->order[s->first + done + i]);
-            for (int64_t n = 0; n < outputs; n++) to[n] = z[i * lanes + n] * weight;
+            for (int64_t n = 0; n < outputs; n++) to[n] = z[i * outputs + n] * weight;
         }
     }
 }

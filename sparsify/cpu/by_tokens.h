@@ -21,11 +21,27 @@ static void start_row(const job *j, int64_t token) {
     }
 }
 
-static void one_expert(job *j, const segment *s) {
-    j->after = block_at(&j->down, s->expert, 0, j->width);
-    for (int64_t b = 0; b < up_blocks(j); b++) up_block(j, s, b);
-    j->after = s->expert + 1 < j->experts ? block_at(&j->up, s->expert + 1, 0, j->inner) : NULL;
-    for (int64_t b = 0; b < down_blocks(j); b++) down_block(j, s, b);
+/* The pairs of an expert in a task. */
+static segment rows_of_expert(int64_t expert, const int64_t *ends) {
+    int64_t first = expert ? ends[expert - 1] : 0;
+    return (segment){.expert = expert, .first = first, .row = first, .rows = ends[expert] - first};
+}
+
+/* Hidden values of all experts, then one block of outputs after another, whose part of y stays in the nearest cache. */
+static void all_experts(job *j, const int64_t *ends) {
+    j->takers = 1;
+    for (int64_t e = 0; e < j->experts; e++) {
+        segment s = rows_of_expert(e, ends);
+        j->after = e + 1 < j->experts ? block_at(&j->up, e + 1, 0, j->inner) : NULL;
+        for (int64_t b = 0; s.rows && b < up_blocks(j); b++) up_block(j, &s, b);
+    }
+    j->takers = down_blocks(j); /* what follows a block is that of the next expert */
+    for (int64_t b = 0; b < down_blocks(j); b++)
+        for (int64_t e = 0; e < j->experts; e++) {
+            segment s = rows_of_expert(e, ends);
+            j->after = e + 1 < j->experts ? block_at(&j->down, e + 1, b, j->width) : NULL;
+            if (s.rows) down_block(j, &s, b);
+        }
 }
 
 static void take_tokens(void *data) {
@@ -34,7 +50,7 @@ static void take_tokens(void *data) {
     int64_t *ends = shared->ends + thread * (j.experts + 1), task;
     j.order = shared->order + thread * j.tokens_of_task * j.slots;
     j.hidden_rows = shared->hidden_rows + thread * j.tokens_of_task * j.slots * j.hidden_row;
-    j.takers = j.by_tokens = 1;
+    j.by_tokens = 1;
     while ((task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.tasks[0]) {
         int64_t first = task * j.tokens_of_task, last = least(first + j.tokens_of_task, j.tokens);
         for (int64_t t = first; t < last; t++) start_row(&j, t);
@@ -43,11 +59,7 @@ static void take_tokens(void *data) {
             __atomic_store_n(&shared->status, status, __ATOMIC_RELAXED);
             continue;
         }
-        for (int64_t e = 0; e < j.experts; e++) {
-            segment s = {.expert = e, .first = e ? ends[e - 1] : 0};
-            s.rows = ends[e] - s.first;
-            if (s.rows) one_expert(&j, &s);
-        }
+        all_experts(&j, ends);
     }
 }
 

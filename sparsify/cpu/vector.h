@@ -25,6 +25,7 @@
 #define WIDE 2
 #endif
 #define TALL 6
+#define HALF (VL / 2)
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -44,14 +45,19 @@
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint64_t vd __attribute__((vector_size(VL * 4)));
 typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 
-/* Indices of two-vector shuffles: LOW and HIGH interleave halves, PAIR_* interleave within groups of four lanes. */
+/* Indices of shuffles. Of two vectors: LOW and HIGH interleave halves, PAIR_* interleave within groups of four lanes. Of
+   one: MIX interleaves its halves, SWAP exchanges neighbours, EVEN takes every second lane. */
 #if VL == 16
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define PAIR_LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
 #define PAIR_HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define MIX 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15
+#define SWAP 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14
 #define TURN_8 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7
 #define TURN_4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
 #elif VL == 8
@@ -59,12 +65,18 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 #define HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #define PAIR_LOW 0, 8, 1, 9, 4, 12, 5, 13
 #define PAIR_HIGH 2, 10, 3, 11, 6, 14, 7, 15
+#define MIX 0, 4, 1, 5, 2, 6, 3, 7
+#define SWAP 1, 0, 3, 2, 5, 4, 7, 6
+#define EVEN 0, 2, 4, 6, 0, 2, 4, 6
 #define TURN_4 4, 5, 6, 7, 0, 1, 2, 3
 #else
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #define PAIR_LOW LOW
 #define PAIR_HIGH HIGH
+#define MIX 0, 2, 1, 3
+#define SWAP 1, 0, 3, 2
+#define EVEN 0, 2, 0, 2
 #endif
 
 /* As an integer: to 0 + value the compiler adds. */
@@ -74,30 +86,39 @@ INLINE vf splat(float value) {
     return (vf)((vu){0} + bits);
 }
 
+/* Two values, again and again. */
+INLINE vf splat_two(const float *values) {
+    uint64_t bits;
+    memcpy(&bits, values, 8);
+    return (vf)((vd){0} + bits);
+}
+
 INLINE vu load(const void *from) {
     vu v;
     memcpy(&v, from, sizeof v);
     return v;
 }
 
-/* The first bytes of a vector, an even number, the rest 0. A copy of so many bytes would be a call. */
-INLINE vu load_part(const void *from, int64_t bytes) {
-#if VL == 4
-    if (bytes == VL * 4) return load(from);
-    vu v = {0};
-    memcpy(&v, from, (size_t)bytes);
-    return v;
-#else
-    int64_t words = bytes / 4;
+/* The first words of a vector, the rest 0. A copy of so many would be a call. */
+INLINE vu load_words(const void *from, int64_t words) {
 #if VL == 16
-    vu v = (vu)_mm512_maskz_loadu_epi32((__mmask16)((1u << words) - 1), from);
-#else
+    return (vu)_mm512_maskz_loadu_epi32((__mmask16)((1u << words) - 1), from);
+#elif VL == 8
     const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-    vu v = (vu)_mm256_maskload_epi32(from, (__m256i)(lanes < (int32_t)words));
-#endif
-    if (bytes % 4) v[words] = *((const uint16_t *)from + 2 * words);
+    return (vu)_mm256_maskload_epi32(from, (__m256i)(lanes < (int32_t)words));
+#else
+    if (words == VL) return load(from);
+    vu v = {0};
+    memcpy(&v, from, (size_t)words * 4);
     return v;
 #endif
+}
+
+/* The first bytes, an even number, the rest 0. Naming a lane by a variable puts the vector into memory. */
+INLINE vu load_part(const void *from, int64_t bytes) {
+    vu v = load_words(from, bytes / 4);
+    if (bytes % 4) v[bytes / 4] = *((const uint16_t *)from + bytes / 2 - 1);
+    return v;
 }
 
 /* Its first bytes, a multiple of 4. */
