@@ -1,6 +1,6 @@
 """A whole layer -> one `ai.sparsify::MoE`, the fused kernel of `sparsify/cpu` as an op of onnxruntime.
 
-    y = sum over k of routing_weights[:, k] * down(act(up x) [* act(gate x)]), expert by expert     # see cpu/onnx_op.h
+    y = sum over k of routing_weights[:, k] * down(act(up x) [* act(gate x)]), expert by expert     # see cpu/onnx_moe.h
 
 Only the chosen experts are computed, in one call without a node for each: exact for any routing weights, unused slots
 (-1) and experts of several widths. A session must register the library of `onnx_ops_library`.
@@ -18,6 +18,7 @@ from onnx_ir.tape import Tape
 
 from sparsify.cpu.blocks import in_blocks
 from sparsify.passes.lower_onnx.expert_region import ExpertRegion, is_linear
+from sparsify.passes.lower_onnx.fused_router import lower_router
 from sparsify.passes.lower_onnx.values import dtype_of, input_of, optional_input, packed, stored
 
 DOMAIN = "ai.sparsify"
@@ -30,6 +31,7 @@ def lower_fused_op(region: ExpertRegion) -> None:
     Args:
         region: a layer for which `why_not_fused_op` knows no reason.
     """
+    lower_router(region, DOMAIN)
     tape = Tape()
     linears = sorted(filter(is_linear, region.inner), key=lambda node: node.attributes["gate"].as_int())
     projections = [value for node in linears for value in _projection(tape, region.graph, node)]

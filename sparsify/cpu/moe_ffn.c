@@ -16,7 +16,7 @@
    by tokens, without `out` (by_tokens.h).
 
    Nothing here creates threads: the caller passes the entry points of the OpenMP runtime that torch runs on, or how
-   onnxruntime runs a function in its threads (onnx_op.h). */
+   onnxruntime runs a function in its threads (onnx_api.h). */
 #include <stdlib.h>
 
 #include "vector.h"
@@ -247,4 +247,10 @@ int sparsify_moe_ffn(const int64_t *a) {
     return FINE;
 }
 
-#include "onnx_op.h"
+#include "route.h"
+
+#include "onnx_api.h"
+
+#include "onnx_moe.h"
+
+#include "onnx_route.h"
