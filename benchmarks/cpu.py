@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import torch.nn.functional as functional
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -134,7 +134,8 @@ def _experts(case: Case) -> Experts:
     width = case.intermediate_size // case.num_experts
 
     def random(*shape: int) -> Tensor:
-        return (torch.randn(case.num_experts, *shape) / shape[-1] ** 0.5).to(case.dtype)
+        weight = (torch.randn(case.num_experts, *shape) / shape[-1] ** 0.5).to(case.dtype)
+        return nn.Parameter(weight, requires_grad=False)
 
     up, down = random(width, case.hidden_size), random(case.hidden_size, width)
     if case.gated:
@@ -161,9 +162,7 @@ def _columns(case: Case, experts: Experts, tokens: int) -> dict[str, Column]:
     return columns
 
 
-def _dense(
-    case: Case, experts: Experts, linear: Callable[..., Tensor], prepare: Callable[[Tensor], Tensor]
-) -> Column:
+def _dense(case: Case, experts: Experts, linear: Callable[..., Tensor], prepare: Callable[[Tensor], Tensor]) -> Column:
     """The layer before its conversion."""
     up = prepare(experts.up_proj.flatten(0, 1))
     gate = None if experts.gate_proj is None else prepare(experts.gate_proj.flatten(0, 1))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sparsify import ops
@@ -216,8 +216,14 @@ def _runner(subject: _Subject, dense: DenseFFN) -> Call:
     gate = None if subject.named.gate is None else experts.projections[subject.named.gate]
     gate_bias = None if subject.named.gate is None else experts.projection_biases[subject.named.gate]
     up = next(i for i in range(len(match.projections)) if i != subject.named.gate)
-    weights = (experts.projections[up], experts.projection_biases[up], gate, gate_bias, experts.down, None)
+    up_proj, gate_proj, down_proj = map(_parameter, (experts.projections[up], gate, experts.down))
+    weights = (up_proj, experts.projection_biases[up], gate_proj, gate_bias, down_proj, None)
     return functools.partial(_run_fused, experts, router, experts.units, weights, subject.named.name)
+
+
+def _parameter(weight: Tensor | None) -> Tensor | None:
+    """As a converted model holds it."""
+    return None if weight is None else nn.Parameter(weight, requires_grad=False)
 
 
 def _run_fused(

@@ -44,8 +44,8 @@ def lower_fused_op(region: ExpertRegion) -> None:
     activation = region.dispatch.attributes["function"].as_string()
     y = tape.op("MoE", [*inputs, None, None], {"activation": activation}, domain=DOMAIN, version=1)
     region.replace(tape, {region.combine.outputs[0]: y})
-    while _takes_sum(y):
-        pass
+    for _ in (_BIAS, _ADDED):
+        _take_sum(y)
 
 
 def has_own_ops(model: onnx.ModelProto) -> bool:
@@ -58,27 +58,26 @@ def uses_own_ops(file: Path) -> bool:
     return has_own_ops(onnx.load(str(file), load_external_data=False))
 
 
-def _takes_sum(y: ir.Value) -> bool:
+def _take_sum(y: ir.Value) -> None:
     """Have the op add a bias `[N]` or rows `[T, N]`, where nothing else is done with its output `[T, N]`."""
     op, uses = y.producer(), list(y.uses())
     if op is None or len(uses) != 1 or y.is_graph_output() or uses[0].node.op_type != "Add":
-        return False
+        return
     add = uses[0].node
     other, graph, total = add.inputs[1 - uses[0].idx], add.graph, add.outputs[0]
     if other is None or graph is None or y.shape is None or other.shape is None or other.shape.has_unknown_dim():
-        return False
+        return
     shapes = [tuple(map(str, shape)) for shape in (y.shape[1:], y.shape)]  # symbolic sizes are equal by name
     own = tuple(map(str, other.shape))
     place = (_BIAS, _ADDED)[shapes.index(own)] if own in shapes else None
     if place is None or op.inputs[place] is not None:
-        return False
+        return
     op.replace_input_with(place, other)
     graph.remove(op)
     graph.insert_before(add, op)  # when the other is there
     y.name, total.name = total.name, None
     ir.convenience.replace_all_uses_with(total, y, replace_graph_outputs=True)
     graph.remove(add, safe=True)
-    return True
 
 
 def _projection(tape: Tape, graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Value | None]:

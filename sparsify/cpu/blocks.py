@@ -40,8 +40,7 @@ def experts_in_blocks(experts: Experts) -> Experts:
 
 def kept_blocks(experts: Experts) -> Experts | None:
     """`experts_in_blocks`, made once for weights that stay as they are; None while they are being changed."""
-    weights = [weight for weight in (experts.up_proj, experts.gate_proj, experts.down_proj) if weight is not None]
-    settled = [packed.settled(weight) for weight in weights]  # all of them, as each counts its calls
+    settled = [packed.settled(weight) for weight in experts.weights]  # all of them, as each counts its calls
     if not all(settled):
         return None
     gate = experts.gate_proj

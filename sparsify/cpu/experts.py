@@ -21,6 +21,11 @@ class Experts(NamedTuple):
     down_bias: Tensor | None
     activation: str
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The two or three projections."""
+        return [self.up_proj, self.down_proj, *([] if self.gate_proj is None else [self.gate_proj])]
+
     def hidden(self, e: int, rows: Tensor) -> Tensor:
         """`[n, D]` to `[n, I]`: what expert `e` feeds to its down projection."""
         up = functional.linear(rows, self.up_proj[e], pick(self.up_bias, e))

@@ -94,7 +94,7 @@ static const char *block_at(const matrix *m, int64_t expert, int64_t number, int
     return m->data + expert * m->expert + number * inner * m->row;
 }
 
-/* Whether the blocks of an expert may still be a copy: one value is compared, as what changes weights changes all. */
+/* Whether the blocks of an expert may still be a copy: one value is compared, as writes mostly change all. */
 static int may_be_copy(const matrix *blocks, const matrix *source, int64_t expert, int64_t outputs, int64_t inner) {
     if (!source->data || !outputs || !inner) return 1;
     int64_t output = outputs / 2, input = inner / 2, width = blocks->row / 4;

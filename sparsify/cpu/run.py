@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.cpu import kernel, packed
 from sparsify.cpu.blocks import kept_blocks
@@ -38,8 +38,7 @@ def moe_ffn_cpu(
     if not expert_ids.numel() or not down_proj.shape[1]:
         return x.new_zeros((x.shape[0], down_proj.shape[1]))
     experts = Experts(up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation)
-    trained = x.requires_grad or routing_weights.requires_grad
-    form = choose_form(x, expert_ids, experts, blocks=not trained)
+    form = choose_form(x, expert_ids, experts, blocks=_may_keep(x, routing_weights, experts))
     if form == "fused_blocks":
         y = _in_blocks(x, routing_weights, expert_ids, experts)
         if y is not None:
@@ -50,15 +49,20 @@ def moe_ffn_cpu(
     return FORMS[form](x, routing_weights, expert_ids, experts)
 
 
+def _may_keep(x: Tensor, routing_weights: Tensor, experts: Experts) -> bool:
+    """Whether a copy of the weights may serve later calls: they are parameters, which no one trains in this call."""
+    trained = x.requires_grad or routing_weights.requires_grad
+    return not trained and all(isinstance(weight, nn.Parameter) for weight in experts.weights)
+
+
 def _in_blocks(x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts) -> Tensor | None:
     """None where the weights are being changed, so that a copy would not last."""
     blocks = kept_blocks(experts)
     try:
         return None if blocks is None else kernel.run(x, routing_weights, expert_ids, experts, blocks)
     except kernel.StaleBlocksError:
-        for weight in (experts.up_proj, experts.gate_proj, experts.down_proj):
-            if weight is not None:
-                packed.forget(weight)
+        for weight in experts.weights:
+            packed.forget(weight)
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from sparsify.cpu import blocks, build, kernel, run
 from sparsify.cpu.blocks import in_blocks
@@ -77,10 +78,22 @@ def blocks_made(monkeypatch):
     return made
 
 
+@pytest.fixture
+def make_stored(make_layer):
+    """A layer whose weights are parameters, as those of a model."""
+
+    def make():
+        x, weights, ids, experts = make_layer(40, 33, 17, 29, 4, 2)
+        up, down = (nn.Parameter(weight, requires_grad=False) for weight in (experts.up_proj, experts.down_proj))
+        return x, weights, ids, experts._replace(up_proj=up, down_proj=down)
+
+    return make
+
+
 @pytest.mark.parametrize("how", ["in place", ".data"])
-def test_weights_that_are_written_to_between_calls(how, blocks_made, make_layer, error_of):
+def test_weights_that_are_written_to_between_calls(how, blocks_made, make_stored, error_of):
     """Protects: no stale copy answers, and changing weights are not copied again and again."""
-    layer = make_layer(40, 33, 17, 29, 4, 2)
+    layer = make_stored()
     x, weights, ids, experts = layer
     with torch.no_grad():
         for step in range(4):
@@ -93,14 +106,39 @@ def test_weights_that_are_written_to_between_calls(how, blocks_made, make_layer,
     assert len(blocks_made) > 2
 
 
-def test_training_copies_no_weights(blocks_made, make_layer):
+def test_training_copies_no_weights(blocks_made, make_stored):
     """Protects: a step of training does not pack weights that it is about to change."""
-    x, weights, ids, experts = make_layer(40, 33, 17, 29, 4, 2)
+    x, weights, ids, experts = make_stored()
     moe_ffn(x.requires_grad_(), weights, ids, *experts).sum().backward()
     moe_ffn(x.detach(), weights.requires_grad_(), ids, *experts).sum().backward()
     assert not blocks_made
     with torch.no_grad():
         moe_ffn(x.detach(), weights.detach(), ids, *experts)
+    assert len(blocks_made) == 2
+
+
+def test_weights_that_are_computed_are_not_copied(blocks_made, make_stored):
+    """Protects: what lives for one call is not packed for it."""
+    x, weights, ids, experts = make_stored()
+    moe_ffn(x, weights, ids, *experts._replace(down_proj=experts.down_proj * 2))
+    assert not blocks_made
+
+
+def test_compiled_models_copy_too(blocks_made, make_stored):
+    """Protects: what `torch.compile` hands to the op are the parameters themselves."""
+    x, weights, ids, experts = make_stored()
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.up_bias = experts.up_proj, experts.up_bias
+            self.down, self.bias = experts.down_proj, experts.down_bias
+
+        def forward(self, x):
+            return moe_ffn(x, weights, ids, self.up, self.up_bias, None, None, self.down, self.bias, "gelu")
+
+    with torch.no_grad():
+        torch.compile(Layer(), fullgraph=True)(x)
     assert len(blocks_made) == 2
 
 
