@@ -20,7 +20,7 @@ _MOE_FLOPS = 8.9e10  # a second, in com.microsoft.MoE
 _PACK = 6.1e10  # bytes a second of weights, which that op packs in every call for an expert of several tokens
 _READ_PLAIN = 6.6e10  # the same for an expert of one token
 # Of ai.sparsify::MoE, measured on two cores of an Ice Lake server beside the others, in what these take here.
-_FUSED_CALL, _FUSED_FLOPS, _FUSED_COPY = 6.2e-6, 1.9e11, 6.6e9
+_FUSED_EXPERT, _FUSED_FLOPS, _FUSED_COPY = 2.3e-7, 1.9e11, 1.31e10
 _COPY = 1.35e10  # bytes a second of rows, read and written
 _NODE = 0.33e-6  # seconds, whatever it computes
 _GEMM = 1.8e-6
@@ -86,7 +86,7 @@ def _moe(facts: LayerFacts, tokens: int) -> float:
 def _fused(facts: LayerFacts, tokens: int) -> float:
     rows, hit = tokens * facts.top_k, _experts_hit(facts, tokens)
     products = hit * _bound(facts, rows / hit, facts.expert_size, _FUSED_FLOPS)
-    return _FUSED_CALL + products + rows * facts.hidden_size * facts.dtype.itemsize / _FUSED_COPY
+    return hit * _FUSED_EXPERT + products + rows * facts.hidden_size * facts.dtype.itemsize / _FUSED_COPY
 
 
 def _products(facts: LayerFacts, rows: float, neurons: int) -> float:
