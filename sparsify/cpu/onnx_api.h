@@ -196,3 +196,23 @@ static int last(const ort_op *op) {
     (void)op;
     return INT32_MAX;
 }
+
+/* Of the functions that begin with its name. */
+#define CPU_OP(op)                         \
+    {                                      \
+        .version = API_VERSION,            \
+        .name = op##_name,                 \
+        .provider = on_cpu,                \
+        .input_type = op##_input_type,     \
+        .inputs = op##_inputs,             \
+        .output_type = op##_output_type,   \
+        .outputs = one_output,             \
+        .destroy = free,                   \
+        .input_kind = op##_input_kind,     \
+        .output_kind = zero,               \
+        .input_memory = zero,              \
+        .create_v2 = op##_create,          \
+        .compute_v2 = op##_compute,        \
+        .first_version = first,            \
+        .last_version = last,              \
+    }

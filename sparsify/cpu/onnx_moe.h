@@ -110,20 +110,4 @@ static int moe_input_kind(const ort_op *op, size_t index) {
     return index == X || index == IDS || index == UP || index == DOWN ? REQUIRED : OPTIONAL;
 }
 
-static const ort_op moe_op = {
-    .version = API_VERSION,
-    .name = moe_name,
-    .provider = on_cpu,
-    .input_type = moe_input_type,
-    .inputs = moe_inputs,
-    .output_type = moe_output_type,
-    .outputs = one_output,
-    .destroy = free,
-    .input_kind = moe_input_kind,
-    .output_kind = zero,
-    .input_memory = zero,
-    .create_v2 = moe_create,
-    .compute_v2 = moe_compute,
-    .first_version = first,
-    .last_version = last,
-};
+static const ort_op moe_op = CPU_OP(moe);

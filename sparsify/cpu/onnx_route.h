@@ -93,23 +93,7 @@ static int route_input_kind(const ort_op *op, size_t index) {
     return index == HIDDEN_BIAS || index == LAST_BIAS ? OPTIONAL : REQUIRED;
 }
 
-static const ort_op route_op = {
-    .version = API_VERSION,
-    .name = route_name,
-    .provider = on_cpu,
-    .input_type = route_input_type,
-    .inputs = route_inputs,
-    .output_type = route_output_type,
-    .outputs = one_output,
-    .destroy = free,
-    .input_kind = route_input_kind,
-    .output_kind = zero,
-    .input_memory = zero,
-    .create_v2 = route_create,
-    .compute_v2 = route_compute,
-    .first_version = first,
-    .last_version = last,
-};
+static const ort_op route_op = CPU_OP(route);
 
 /* What onnxruntime calls when the library is registered; a status, or NULL. */
 void *RegisterCustomOps(void *options, const ort_base *base) {
