@@ -111,13 +111,7 @@ class ExpertRegion:
         """
         ends_with_combine = self.combine.outputs[0] in values
         place = self.combine if ends_with_combine else self.down
-        for initializer in tape.initializers:
-            self.graph.initializers[str(initializer.name)] = initializer
-        mark_nodes(tape.nodes, self.scope("experts"))
-        self.graph.insert_before(place, tape.nodes)
-        for old, new in values.items():
-            new.shape, new.type, new.name = old.shape, old.type, old.name
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        put_nodes(self.graph, tape, place, self.scope("experts"), values)
         gone = [self.dispatch, *self.inner, self.down, *([self.combine] if ends_with_combine else [])]
         self.graph.remove(gone, safe=True)
 
@@ -140,6 +134,25 @@ def mark_nodes(nodes: Iterable[ir.Node], scope: str) -> None:
     """Note a scope on those nodes that have none yet."""
     for node in nodes:
         node.metadata_props.setdefault(SCOPE, scope)
+
+
+def put_nodes(graph: ir.Graph, tape: Tape, place: ir.Node, scope: str, values: Mapping[ir.Value, ir.Value]) -> None:
+    """Put new nodes before `place`, whose values take over name and readers of old ones.
+
+    Args:
+        graph: that `place` is in.
+        tape: holds the nodes and their initializers.
+        place: stays, and so does all that computes the old values.
+        scope: of those nodes that have none yet.
+        values: old value -> new one.
+    """
+    for initializer in tape.initializers:
+        graph.initializers[str(initializer.name)] = initializer
+    mark_nodes(tape.nodes, scope)
+    graph.insert_before(place, tape.nodes)
+    for old, new in values.items():
+        new.shape, new.type, new.name = old.shape, old.type, old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def nodes_of(region: ExpertRegion, part: str) -> list[ir.Node]:

@@ -14,7 +14,7 @@ import torch
 from onnx_ir.tape import Tape
 
 from sparsify.cpu.blocks import in_blocks
-from sparsify.passes.lower_onnx.expert_region import ExpertRegion, mark_nodes
+from sparsify.passes.lower_onnx.expert_region import ExpertRegion, put_nodes
 from sparsify.passes.lower_onnx.values import dtype_of, optional_input, packed, stored
 
 
@@ -36,13 +36,7 @@ def lower_router(region: ExpertRegion, domain: str) -> None:
     tape = Tape()
     weights = [value for node in (hidden, output) for value in _linear(tape, region.graph, node)]
     ids = tape.op("Route", [found.x, *weights], {"top_k": found.top_k}, domain=domain, version=1)
-    for initializer in tape.initializers:
-        region.graph.initializers[str(initializer.name)] = initializer
-    mark_nodes(tape.nodes, region.scope("router"))
-    region.graph.insert_before(largest, tape.nodes)
-    old = largest.outputs[1]
-    ids.shape, ids.type, ids.name = old.shape, old.type, old.name
-    ir.convenience.replace_all_uses_with(old, ids, replace_graph_outputs=True)
+    put_nodes(region.graph, tape, largest, region.scope("router"), {largest.outputs[1]: ids})
     region.graph.remove(found.nodes, safe=True)
 
 

@@ -15,7 +15,7 @@ from sparsify.passes.lower_onnx.dense_masked import lower_dense_masked
 from sparsify.passes.lower_onnx.dispatch import lower_dispatch
 from sparsify.passes.lower_onnx.expert_chain import lower_expert_chain
 from sparsify.passes.lower_onnx.expert_linear import lower_expert_linear
-from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion, layer_of, mark_nodes
+from sparsify.passes.lower_onnx.expert_region import DOMAIN, ExpertRegion, layer_of, put_nodes
 from sparsify.passes.lower_onnx.lowerings import Lowering
 from sparsify.passes.lower_onnx.moe_op import lower_moe_layer, lower_moe_op
 
@@ -68,11 +68,6 @@ def lower_placeholders(model: ir.Model) -> None:
 def _lower(graph: ir.Graph, node: ir.Node) -> None:
     tape = Tape()
     outputs = _PLACEHOLDERS[node.op_type](node, tape)
-    mark_nodes(tape.nodes, f"{layer_of(node)}.{_PARTS[node.op_type]}")
-    for initializer in tape.initializers:
-        graph.initializers[str(initializer.name)] = initializer
-    graph.insert_before(node, tape.nodes)
-    for old, new in zip(node.outputs, outputs, strict=True):
-        new.shape, new.type, new.name = old.shape, old.type, old.name
-    ir.convenience.replace_all_uses_with(node.outputs, outputs, replace_graph_outputs=True)
+    values = dict(zip(node.outputs, outputs, strict=True))
+    put_nodes(graph, tape, node, f"{layer_of(node)}.{_PARTS[node.op_type]}", values)
     graph.remove(node, safe=True)

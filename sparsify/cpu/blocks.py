@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,12 +32,7 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 def experts_in_blocks(experts: Experts) -> Experts:
     """All weights `in_blocks`."""
-    gate = experts.gate_proj
-    return experts._replace(
-        up_proj=in_blocks(experts.up_proj),
-        gate_proj=None if gate is None else in_blocks(gate),
-        down_proj=in_blocks(experts.down_proj),
-    )
+    return _laid_out(experts, in_blocks)
 
 
 def kept_blocks(experts: Experts) -> Experts | None:
@@ -43,13 +40,13 @@ def kept_blocks(experts: Experts) -> Experts | None:
     settled = [packed.settled(weight) for weight in experts.weights]  # all of them, as each counts its calls
     if not all(settled):
         return None
+    return _laid_out(experts, lambda weight: packed.cached(weight, "blocks", lambda: in_blocks(weight)))
+
+
+def _laid_out(experts: Experts, layout: Callable[[Tensor], Tensor]) -> Experts:
     gate = experts.gate_proj
     return experts._replace(
-        up_proj=_kept(experts.up_proj),
-        gate_proj=None if gate is None else _kept(gate),
-        down_proj=_kept(experts.down_proj),
+        up_proj=layout(experts.up_proj),
+        gate_proj=None if gate is None else layout(gate),
+        down_proj=layout(experts.down_proj),
     )
-
-
-def _kept(weight: Tensor) -> Tensor:
-    return packed.cached(weight, "blocks", lambda: in_blocks(weight))
