@@ -32,7 +32,8 @@ INLINE vf exponential(vf x) {
     return p * (vf)power;
 }
 
-INLINE vf gelu(vf z) {
+/* Phi(-|z|). */
+INLINE vf normal_tail(vf z) {
     static const float c[] = {-2.8092347294271e-07f,  5.546718512050575e-06f,   -4.557756983558647e-05f,
                               0.00017709140956867486f, 2.543506161600817e-05f,   -0.004841332323849201f,
                               0.036366190761327744f,   0.31830206513404846f,     0.7978852987289429f,
@@ -41,9 +42,16 @@ INLINE vf gelu(vf z) {
     vf p = splat(c[0]);
     UNROLL
     for (int i = 1; i < 10; i++) p = p * s + splat(c[i]);
-    vf tail = z * exponential(-p);
-    vi positive = z > splat(0.0f);
-    return (vf)(((vi)(z - tail) & positive) | ((vi)tail & ~positive));
+    return exponential(-p);
+}
+
+INLINE vf where(vi condition, vf yes, vf no) {
+    return (vf)(((vi)yes & condition) | ((vi)no & ~condition));
+}
+
+INLINE vf gelu(vf z) {
+    vf tail = z * normal_tail(z);
+    return where(z > splat(0.0f), z - tail, tail);
 }
 
 INLINE vf gelu_tanh(vf z) {
@@ -65,5 +73,41 @@ static void activate(float *z, int64_t n, int activation) {
         else v = at_least(v, 0.0f);
         if (activation == SQUARED_RELU) v *= v;
         storef(z + i, v);
+    }
+}
+
+/* act'(z). */
+INLINE vf slope_of(vf z, int activation) {
+    const vf one = splat(1.0f);
+    if (activation == RELU) return where(z > splat(0.0f), one, splat(0.0f));
+    if (activation == SQUARED_RELU) return splat(2.0f) * at_least(z, 0.0f);
+    if (activation == GELU) {
+        vf tail = normal_tail(z), density = splat(0.3989422804014327f) * exponential(z * z * splat(-0.5f));
+        return where(z > splat(0.0f), one - tail, tail) + z * density;
+    }
+    vf u = z, steepness = one;
+    if (activation == GELU_TANH) {
+        u = z * (splat(1.5957691216057308f) + z * z * splat(0.07135481282f));
+        steepness = splat(1.5957691216057308f) + z * z * splat(0.21406443846f);
+    }
+    vf sigmoid = one / (one + exponential(-u));
+    return sigmoid + z * sigmoid * (one - sigmoid) * steepness;
+}
+
+/* In place: `up` becomes the hidden values, `d` the gradient of what `up` was, and `gate`, if there is one, its gradient;
+   d comes in as the gradient of the hidden values. n may be rounded up to whole vectors. */
+static void activate_backward(float *up, float *gate, float *d, int64_t n, int activation) {
+    float *acted = gate ? gate : up;
+    for (int64_t i = 0; i < n; i += VL) {
+        vf z = loadf(acted + i), slope = slope_of(z, activation) * loadf(d + i);
+        activate(acted + i, VL, activation);
+        if (!gate) {
+            storef(d + i, slope);
+            continue;
+        }
+        vf hidden = loadf(up + i) * loadf(gate + i);
+        storef(d + i, loadf(d + i) * loadf(gate + i));
+        storef(gate + i, slope * loadf(up + i));
+        storef(up + i, hidden);
     }
 }

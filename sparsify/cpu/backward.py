@@ -1,4 +1,5 @@
-"""Gradients of `sparsify::moe_ffn` on a CPU: one expert after another, or all of them at once with the others masked.
+"""Gradients of `sparsify::moe_ffn` on a CPU: by the compiled kernel, or in torch ops, one expert after another or all
+of them at once with the others masked.
 
 T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neurons of one expert, F = E * I.
 """
@@ -8,12 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.cpu import kernel
 from sparsify.cpu.experts import Experts, project_all
 from sparsify.kernels.reference import ACTIVATION_BACKWARDS, ACTIVATIONS, moe_ffn_backward_reference
 
 _EXPERT_MACS = 4e7  # multiply-adds that take as long as starting the products of one more expert
 _NARROW_EXPERT_MACS = 3e8  # of bf16, whose small products cost no less
 _MOST_VALUES = 1 << 24  # in a temporary tensor
+_FEW_CHOSEN = 0.7  # share of the experts: with more of them the products of all are as fast
+_WIDE_EXPERT = 3e5  # weights of a projection: with more of them the products of torch are as fast
 
 
 def moe_ffn_backward_cpu(
@@ -32,8 +36,18 @@ def moe_ffn_backward_cpu(
 ) -> list[Tensor]:
     """See `sparsify::moe_ffn_backward`."""
     experts = Experts(up_proj, up_bias, gate_proj, gate_bias, down_proj, down_bias, activation)
+    if kernel_pays(x, expert_ids, experts):
+        return kernel.run_backward(grad, x, routing_weights, expert_ids, experts, needs)
     run = dense_masked_backward if masking_pays(x, expert_ids, experts) else _by_expert
     return run(grad, x, routing_weights, expert_ids, experts, needs)
+
+
+def kernel_pays(x: Tensor, expert_ids: Tensor, experts: Experts) -> bool:
+    """Whether the compiled kernel computes these gradients, and faster than products of torch."""
+    num_experts, width, hidden_size = experts.up_proj.shape
+    few = expert_ids.shape[1] < _FEW_CHOSEN * num_experts
+    small = 0 < width * max(hidden_size, experts.down_proj.shape[1]) < _WIDE_EXPERT
+    return few and small and x.dtype == torch.float32 and len(expert_ids) > 0 and kernel.covers(x, experts)
 
 
 def masking_pays(x: Tensor, expert_ids: Tensor, experts: Experts) -> bool:

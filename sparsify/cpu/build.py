@@ -18,7 +18,7 @@ from pathlib import Path
 
 SOURCES = (
     "moe_ffn.c", "phases.h", "blocks.h", "by_tokens.h", "scratch.h", "job.h", "products.h", "activations.h", "vector.h",
-    "route.h", "onnx_api.h", "onnx_moe.h", "onnx_route.h",
+    "backward.h", "route.h", "onnx_api.h", "onnx_moe.h", "onnx_route.h",
 )  # fmt: skip
 # -fopenmp is missing on purpose: it would bring a second OpenMP runtime into the process, or that of another compiler.
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-w")

@@ -248,6 +248,9 @@ def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
     hidden = 2 * gates * pairs * width / rates.values
     # Rows are gathered; outputs are joined, scattered, weighted and summed, which reads and writes all of them.
     moved = pairs * (2 * shape.hidden_size + 7 * shape.out_features) / rates.moved
+    if form == "fused_new_blocks":  # whose values are read and written in no order that memory likes: as two copies
+        packing = 2 * shape.intermediate_size * per_neuron / rates.moved
+        return packing + _experts(shape, tokens, rates, "fused_blocks")
     if form in ("fused", "fused_blocks"):
         return 2 * rates.call + _fused(rates, form, pairs * per_neuron, rows, width)
     if form == "dense_masked":

@@ -22,16 +22,14 @@ from torch import Tensor
 from sparsify.cpu import build
 from sparsify.cpu.blocks import experts_in_blocks
 from sparsify.cpu.experts import Experts
-from sparsify.kernels.reference import moe_ffn_reference
+from sparsify.cpu.kernel_backward import call_backward
+from sparsify.cpu.matrices import ACTIVATION_NUMBERS, NO_MATRICES, matrices_of
+from sparsify.kernels.reference import moe_ffn_backward_reference, moe_ffn_reference
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _PACK = struct.Struct("50q").pack
-# As in activations.h.
-_ACTIVATIONS = {"relu": 0, "squared_relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _FINE, _BAD_EXPERT, _NO_MEMORY, _STALE = range(4)
-_NO_MATRIX = (0,) * 5
-_NO_MATRICES = _NO_MATRIX * 3
 # Below so many operations a second thread costs more than it saves.
 _SMALL = 1 << 18
 # Tests set it: memory that was never written is NaN.
@@ -62,6 +60,7 @@ class StaleBlocksError(Exception):
 class _Kernel(NamedTuple):
     status: KernelStatus
     call: Callable[[bytes], int] | None
+    backward: Callable[[bytes], int] | None
     parallel: int
     barrier: int
 
@@ -114,37 +113,51 @@ def _call(
     packed = _PACK(
         x.data_ptr(), x.stride(0) * size, weights.data_ptr(), ids.data_ptr(), y.data_ptr(),
         num_tokens, hidden_size, width, outputs, num_experts, top_k,
-        _ACTIVATIONS[experts.activation], size == 2, 1 if small else torch.get_num_threads(), _poison,
+        ACTIVATION_NUMBERS[experts.activation], size == 2, 1 if small else torch.get_num_threads(), _poison,
         kernel.parallel, kernel.barrier,
-        *_matrices(blocks or experts, size), blocks is not None, 0, 0,
-        *(_matrices(experts, size) if blocks else _NO_MATRICES),
+        *matrices_of(blocks or experts, size), blocks is not None, 0, 0,
+        *(matrices_of(experts, size) if blocks else NO_MATRICES),
     )  # fmt: skip
     assert kernel.call is not None
-    status = kernel.call(packed)
+    _require_fine(kernel.call(packed), ids, num_experts)
+    return y
+
+
+def run_backward(
+    grad: Tensor, x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts, needs: list[bool]
+) -> list[Tensor]:
+    """See `sparsify::moe_ffn_backward`; only in fp32, where `covers` says so and there are tokens.
+
+    Raises:
+        IndexError: an expert id is not in `[-1, E)`.
+        MemoryError: there is no memory for the hidden values.
+    """
+    return _call_backward(_kernel(), grad, x, routing_weights, expert_ids, experts, needs)
+
+
+def _call_backward(
+    kernel: _Kernel, grad: Tensor, x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    assert kernel.backward is not None
+    num_experts, width, hidden_size = experts.up_proj.shape
+    small = expert_ids.numel() * width * hidden_size < _SMALL
+    status, grads = call_backward(
+        kernel.backward, grad, x, routing_weights, expert_ids, experts, needs,
+        threads=1 if small else torch.get_num_threads(), parallel=kernel.parallel, poison=_poison,
+    )  # fmt: skip
+    _require_fine(status, expert_ids, num_experts)
+    return grads
+
+
+def _require_fine(status: int, ids: Tensor, num_experts: int) -> None:
     if status == _FINE:
-        return y
+        return
     if status == _BAD_EXPERT:
         raise IndexError(f"expert_ids must lie in [-1, {num_experts}), got {int(ids.min())} to {int(ids.max())}")
     if status == _STALE:
         raise StaleBlocksError
-    raise MemoryError(f"no memory for the hidden values of {num_tokens} tokens")
-
-
-def _matrices(experts: Experts, size: int) -> tuple[int, ...]:
-    return (
-        *_matrix(experts.up_proj, experts.up_bias, size),
-        *_matrix(experts.gate_proj, experts.gate_bias, size),
-        *_matrix(experts.down_proj, experts.down_bias, size),
-    )
-
-
-def _matrix(weight: Tensor | None, bias: Tensor | None, size: int) -> tuple[int, ...]:
-    if weight is None:
-        return _NO_MATRIX
-    expert, row = weight.stride(0), weight.stride(-2)
-    if bias is None:
-        return weight.data_ptr(), expert * size, row * size, 0, 0
-    return weight.data_ptr(), expert * size, row * size, bias.data_ptr(), bias.stride()[0] * size
+    raise MemoryError(f"no memory for the hidden values of {len(ids)} tokens")
 
 
 @functools.cache
@@ -152,13 +165,14 @@ def _load() -> _Kernel:
     """Compile, load, look up the threads, check."""
     try:
         with build.library() as path:
-            call = ctypes.CDLL(str(path)).sparsify_moe_ffn
-            where = str(path)
+            library, where = ctypes.CDLL(str(path)), str(path)
+            calls = library.sparsify_moe_ffn, library.sparsify_moe_ffn_backward
     except (build.BuildError, OSError, AttributeError) as failure:
         return _without(str(failure))
-    call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_int
+    for call in calls:
+        call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_int
     parallel, barrier = _openmp()
-    kernel = _Kernel(KernelStatus(True, where, parallel != 0), call, parallel, barrier)
+    kernel = _Kernel(KernelStatus(True, where, parallel != 0), *calls, parallel, barrier)
     wrong = _self_check(kernel)
     return _without(wrong) if wrong else kernel
 
@@ -168,7 +182,7 @@ def _without(reason: str) -> _Kernel:
     if reason != "SPARSIFY_NO_COMPILE is set":
         warnings.warn(message, stacklevel=2)
     _log.warning(message)
-    return _Kernel(KernelStatus(False, reason, False), None, 0, 0)
+    return _Kernel(KernelStatus(False, reason, False), None, None, 0, 0)
 
 
 @functools.cache

@@ -247,6 +247,8 @@ int sparsify_moe_ffn(const int64_t *a) {
     return FINE;
 }
 
+#include "backward.h"
+
 #include "route.h"
 
 #include "onnx_api.h"

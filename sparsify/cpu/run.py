@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.cpu import kernel, packed
-from sparsify.cpu.blocks import kept_blocks
+from sparsify.cpu.blocks import experts_in_blocks, kept_blocks
 from sparsify.cpu.cost_model import Costs, FFNShape, available_forms, current_costs
 from sparsify.cpu.experts import Experts
 from sparsify.cpu.forms import FORMS
@@ -46,6 +46,8 @@ def moe_ffn_cpu(
         form = choose_form(x, expert_ids, experts, blocks=False)
     if form == "fused":
         return kernel.run(x, routing_weights, expert_ids, experts)
+    if form == "fused_new_blocks":
+        return kernel.run(x, routing_weights, expert_ids, experts, experts_in_blocks(experts))
     return FORMS[form](x, routing_weights, expert_ids, experts)
 
 
@@ -73,7 +75,7 @@ def choose_form(x: Tensor, expert_ids: Tensor, experts: Experts, *, blocks: bool
         x: `[T, D]`.
         expert_ids: `[T, K]`.
         experts: the weights.
-        blocks: `fused_blocks` may be chosen.
+        blocks: `fused_blocks` may be chosen, else `fused_new_blocks`.
     """
     num_experts, width, hidden_size = experts.up_proj.shape
     tokens = len(x)
@@ -96,6 +98,7 @@ def _choose(
     gated: bool, dtype: torch.dtype, covered: bool, blocks: bool, threads: int,
 ) -> str:  # fmt: skip
     shape = FFNShape(hidden_size, width * num_experts, out_features, num_experts, top_k, gated, dtype)
-    fit = {"fused": covered, "fused_blocks": covered and blocks}
-    forms = [form for form in available_forms(dtype) if fit.get(form, True)]
+    forms = [form for form in available_forms(dtype) if covered or not form.startswith("fused")]
+    if not blocks:
+        forms = ["fused_new_blocks" if form == "fused_blocks" else form for form in forms]
     return costs.experts(shape, tokens, forms)[0]

@@ -11,18 +11,24 @@
 #define TILE_COLUMNS 12 /* columns of the lane tile, by TILE_PANELS vectors */
 #define TILE_PANELS 2
 #define WIDE 4 /* vectors of a tile of weights in blocks, by TALL rows */
+#define OUTER_ROWS 8 /* of a sum of outer products, by OUTER_VECTORS vectors */
+#define OUTER_VECTORS 3
 #elif defined(__AVX2__)
 #define VL 8
 #define TILE_ROWS 3
 #define TILE_COLUMNS 4
 #define TILE_PANELS 3
 #define WIDE 2
+#define OUTER_ROWS 4
+#define OUTER_VECTORS 2
 #else
 #define VL 4
 #define TILE_ROWS 3
 #define TILE_COLUMNS 4
 #define TILE_PANELS 3
 #define WIDE 2
+#define OUTER_ROWS 4
+#define OUTER_VECTORS 2
 #endif
 #define TALL 6
 #define HALF (VL / 2)

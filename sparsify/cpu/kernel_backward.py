@@ -1,0 +1,81 @@
+"""Call the compiled gradients of `sparsify::moe_ffn`, on data pointers.
+
+T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neurons of one expert.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsify.cpu.experts import Experts
+from sparsify.cpu.matrices import ACTIVATION_NUMBERS, matrices_of
+
+_PACK = struct.Struct("38q").pack
+_SLICE = 64  # neurons of a task: OUTPUTS in blocks.h
+
+
+def call_backward(
+    call: Callable[[bytes], int],
+    grad: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    experts: Experts,
+    needs: Sequence[bool],
+    *,
+    threads: int,
+    parallel: int,
+    poison: bool,
+) -> tuple[int, list[Tensor]]:
+    """See `sparsify::moe_ffn_backward`; all in fp32 but the routing weights.
+
+    Args:
+        call: `sparsify_moe_ffn_backward`.
+        grad: `[T, D_out]`, T > 0.
+        x: as in the forward, and so are `routing_weights`, `expert_ids` and `experts`.
+        routing_weights: see `x`.
+        expert_ids: see `x`.
+        experts: see `x`.
+        needs: nine flags.
+        threads: to run on.
+        parallel: address of what runs a function in threads.
+        poison: memory that was never written is NaN.
+
+    Returns:
+        What the kernel says, and the gradients.
+    """
+    (num_experts, width, hidden_size), outputs = experts.up_proj.shape, experts.down_proj.shape[1]
+    # The kernel reads the memory of what is named here.
+    x = x if x.stride(1) == 1 else x.contiguous()
+    weights, ids = routing_weights.float().contiguous(), expert_ids.contiguous()
+    grads = [
+        x.new_empty(tensor.shape if needed and tensor is not None else 0, dtype=torch.float32)
+        for tensor, needed in zip((x, None, None, *experts[:6]), needs, strict=True)
+    ]
+    parts = x.new_zeros((-(-width // _SLICE), *ids.shape)) if needs[1] else x.new_empty(0)
+    d_x, _, _, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias = grads
+    made = [tensor.data_ptr() for tensor in (d_x, parts, d_up, d_up_bias, d_gate, d_gate_bias, d_down)]
+    packed = _PACK(
+        x.data_ptr(), x.stride(0) * 4, weights.data_ptr(), ids.data_ptr(), grad.data_ptr(), grad.stride(0) * 4,
+        len(x), hidden_size, width, outputs, num_experts, ids.shape[1], ACTIVATION_NUMBERS[experts.activation],
+        threads, poison, parallel, *matrices_of(experts, 4), *made,
+    )  # fmt: skip
+    status = call(packed)
+    if needs[1]:
+        grads[1] = _of_routing(parts.sum(0), grad, ids, experts.down_bias).to(routing_weights.dtype)
+    if d_down_bias.numel():
+        shares = x.new_zeros((len(x), num_experts)).scatter_add_(1, ids.clamp(min=0), weights * (ids >= 0))
+        torch.mm(shares.t(), grad, out=d_down_bias)
+    return status, grads
+
+
+def _of_routing(by_hidden: Tensor, grad: Tensor, ids: Tensor, down_bias: Tensor | None) -> Tensor:
+    """What the bias of each expert adds, too: `[T, K]`."""
+    if down_bias is None:
+        return by_hidden
+    by_bias = (grad @ down_bias.t()).gather(1, ids.clamp(min=0))
+    return by_hidden + torch.where(ids >= 0, by_bias, 0)
