@@ -20,10 +20,11 @@ from torch.nn import functional
 
 from sparsify.passes.on_disk import take_rows
 from sparsify.passes.split.bf16_products import has_bf16_products
-from sparsify.passes.split.choice_loss import choice_gains, choice_loss, choose, squared_outputs
+from sparsify.passes.split.choice_loss import choice_gains, choice_loss, squared_outputs
 from sparsify.passes.split.dense_ffn import Linear
 from sparsify.passes.split.experts import Experts
 from sparsify.passes.split.learning_rate import share_of_rate
+from sparsify.passes.split.run_chosen import RunChosen, run_chosen
 from sparsify.passes.split.statistics import chunks
 from sparsify.routers import UnitRouter
 
@@ -60,7 +61,7 @@ def distill_block(
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.cat([part.square().sum(1) for part in chunks(target)])
     scale = 1 / (weight * sizes).mean().clamp(min=torch.finfo(x.dtype).tiny)
-    block = _Block(experts, router)
+    block = _Block(experts, router, x)
     groups = [
         {"params": block.own_parameters(), "rate": _EXPERT_LEARNING_RATE},
         {"params": block.router_parameters(), "rate": _ROUTER_LEARNING_RATE},
@@ -94,9 +95,9 @@ def _bf16_is_faster(x: Tensor, down: Tensor) -> bool:
 
 
 class _Block(nn.Module):
-    """The experts as one wide FFN, shared neurons first, whose routed neurons are masked."""
+    """The experts as one wide FFN, shared neurons first; routed ones that do not run are masked, or left out."""
 
-    def __init__(self, experts: Experts, router: UnitRouter | None) -> None:
+    def __init__(self, experts: Experts, router: UnitRouter | None, x: Tensor) -> None:
         super().__init__()
         self._experts = experts
         self.router = None if router is None else copy.deepcopy(router).requires_grad_(True)
@@ -121,6 +122,10 @@ class _Block(nn.Module):
         bias = nothing if experts.expert_bias is None else experts.expert_bias
         self.expert_bias = nn.Parameter(experts.to_experts(bias))  # [R, D_out]
         self.bias = nn.Parameter(down.new_zeros(outputs) if experts.bias is None else experts.bias.clone())
+        self._run: RunChosen | None = None
+        if router is not None and self.num_shared % self.size == 0 and not _bf16_is_faster(x, self.down):
+            shared_units = self.num_shared // self.size
+            self._run = run_chosen(experts, x, shared_units + router.top_k, shared_units + self.num_units)
 
     def own_parameters(self) -> list[nn.Parameter]:
         """All but those of the router."""
@@ -138,23 +143,44 @@ class _Block(nn.Module):
                 return (target - torch.addmm(self.bias, self._hidden(x), self.down)).square().sum(1)
             return self._routed_error(self.router, x, target)
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        """`[T, F]`."""
-        projected = [functional.linear(x, up, bias) for up, bias in zip(self.ups, self.biases, strict=True)]
-        return self._experts.activation(*projected, *self.vectors)
+    def _hidden(self, x: Tensor, first: int = 0) -> Tensor:
+        """`[T, F]`, or the neurons from `first` on."""
+        biases = [None if bias is None else bias[first:] for bias in self.biases]
+        projected = [functional.linear(x, up[first:], bias) for up, bias in zip(self.ups, biases, strict=True)]
+        vectors = [vector[first:] if vector.dim() else vector for vector in self.vectors]
+        return self._experts.activation(*projected, *vectors)
 
     def _routed_error(self, router: UnitRouter, x: Tensor, target: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):  # bf16 would make ties
             logits = router.logits(x)
-        hidden, chosen = self._hidden(x), choose(logits.detach(), router.top_k)
-        by_unit = chosen.to(hidden.dtype)[:, self.owners].repeat_interleave(self.size, dim=1)
-        runs = functional.pad(by_unit, (self.num_shared, 0), value=1.0)  # [T, F]
-        error = target - torch.addmm(self.bias, hidden * runs, self.down) - chosen @ self.expert_bias
-        taught = -(-len(x) // 4)  # tokens: gains cost as much as half a forward pass, and routers are small
-        routed = hidden.detach()[:taught, self.num_shared :]
+        ids = logits.detach().topk(router.top_k, dim=1, sorted=False).indices
+        chosen, taught = torch.zeros_like(logits).scatter_(1, ids, 1.0), -(-len(x) // 4)
+        y, routed = self._masked(x, chosen, taught) if self._run is None else self._skipping(self._run, x, ids, taught)
+        error = target - y - chosen @ self.expert_bias
         gains = self._gains(routed, error.detach()[:taught], chosen[:taught])
         lesson = choice_loss(logits[:taught], gains, router.top_k) * (len(x) / taught)
         return error.square().sum(1) + functional.pad(lesson, (0, len(x) - taught))
+
+    def _masked(self, x: Tensor, chosen: Tensor, taught: int) -> tuple[Tensor, Tensor]:
+        """The output `[T, D_out]`, and of the first tokens the routed neurons `[taught, U * m]`, for their gains.
+
+        Gains cost as much as half a forward pass, and routers are small, so they learn from a part of the tokens.
+        """
+        hidden = self._hidden(x)
+        by_unit = chosen.to(hidden.dtype)[:, self.owners].repeat_interleave(self.size, dim=1)
+        runs = functional.pad(by_unit, (self.num_shared, 0), value=1.0)  # [T, F]
+        return torch.addmm(self.bias, hidden * runs, self.down), hidden.detach()[:taught, self.num_shared :]
+
+    def _skipping(self, run: RunChosen, x: Tensor, ids: Tensor, taught: int) -> tuple[Tensor, Tensor]:
+        """The same without the neurons that do not run; shared ones are units that every token chose."""
+        of_unit = (-1, self.size)
+        shared = self.num_shared // self.size
+        ids = torch.cat([torch.arange(shared).expand(len(x), -1), ids + shared], dim=1)
+        ups = [up.unflatten(0, of_unit) for up in self.ups]
+        biases = [None if bias is None else bias.unflatten(0, of_unit) for bias in self.biases]
+        with torch.no_grad():
+            routed = self._hidden(x[:taught], self.num_shared)
+        return self.bias + run(x, ids, ups, biases, self.down.unflatten(0, of_unit)), routed
 
     @torch.no_grad()
     def _gains(self, routed: Tensor, error: Tensor, chosen: Tensor) -> Tensor:

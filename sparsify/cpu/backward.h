@@ -11,7 +11,8 @@
    task transposes its slice of up, which then stays in the cache. */
 
 typedef struct {
-    job j; /* up and gate in rows; down as the block that it is for dy */
+    job j;          /* up and gate in rows; down as the block that it is for dy, or by neuron, in rows of outputs */
+    int64_t by_neuron;
     const char *dy;
     int64_t dy_row;
     float *d_x, *d_routing, *d_up, *d_up_bias, *d_gate, *d_gate_bias, *d_down; /* contiguous, NULL: not needed */
@@ -103,7 +104,7 @@ typedef struct {
 static slice_memory memory_of(const gradients *g, char *at) {
     int64_t weights = g->j.inner * g->slice * 4;
     slice_memory m = {.up = (float *)cut(&at, weights), .gate = (float *)cut(&at, g->j.gate.data ? weights : 0)};
-    m.down = (float *)cut(&at, g->slices > 1 ? g->j.outputs * g->slice * 4 : 0);
+    m.down = (float *)cut(&at, g->slices > 1 || g->by_neuron ? g->j.outputs * g->slice * 4 : 0);
     m.weighted = (float *)cut(&at, g->most_rows * g->slice * 4);
     m.block = (float *)cut(&at, g->slice * OUTER_COLUMNS * 4);
     m.columns = (float *)cut(&at, g->slice > OUTER_ROWS ? g->most_rows * OUTER_COLUMNS * 4 : 0);
@@ -133,21 +134,25 @@ static void outer_products(const slice_memory *m, const float *left, int64_t lef
     outer_columns(left, left_row, neurons, m->copied, count, 0, columns, to, to_row);
 }
 
+static void transposed_slice(const matrix *m, int64_t expert, int64_t first, int64_t neurons, int64_t inner, float *to) {
+    const char *rows = m->data + expert * m->expert + first * m->row;
+    transposed((const float *)rows, m->row / 4, neurons, inner, to, neurons);
+}
+
 /* down as blocks [outputs][neurons], copied where it is read for many rows. */
 static matrix down_of_slice(const gradients *g, const slice_memory *m, int64_t e, int64_t first, int64_t neurons,
                             int64_t count) {
     const job *j = &g->j;
-    const char *from = j->down.data + e * j->down.expert + first * 4;
     matrix copy = {.data = (const char *)m->down, .row = neurons * 4};
+    if (g->by_neuron) {
+        transposed_slice(&j->down, e, first, neurons, j->outputs, m->down);
+        return copy;
+    }
+    const char *from = j->down.data + e * j->down.expert + first * 4;
     if (g->slices == 1 || count <= 2 * TALL) return (matrix){.data = from, .row = j->down.row};
     for (int64_t o = 0; o < j->outputs; o++)
         memcpy(m->down + o * neurons, from + o * j->down.row, (size_t)neurons * 4);
     return copy;
-}
-
-static void transposed_slice(const matrix *m, int64_t expert, int64_t first, int64_t neurons, int64_t inner, float *to) {
-    const char *rows = m->data + expert * m->expert + first * m->row;
-    transposed((const float *)rows, m->row / 4, neurons, inner, to, neurons);
 }
 
 /* dz (and the same of the gate) and r h of all rows; the parts of dr. */
@@ -220,6 +225,11 @@ static void slice_backward(gradients *g, int64_t task, char *own) {
                             g->d_gate_bias ? g->d_gate_bias + neuron : NULL);
     for (int64_t c = 0; g->d_down && c < j->outputs; c += OUTER_COLUMNS) {
         int64_t columns = least(j->outputs - c, OUTER_COLUMNS);
+        if (g->by_neuron) {
+            float *to = g->d_down + neuron * j->outputs + c;
+            outer_products(&m, m.weighted, neurons, neurons, m.dy, count, c, columns, to, j->outputs);
+            continue;
+        }
         outer_products(&m, m.weighted, neurons, neurons, m.dy, count, c, columns, m.block, OUTER_COLUMNS);
         transposed(m.block, OUTER_COLUMNS, neurons, columns, g->d_down + (e * j->outputs + c) * j->width + first, j->width);
     }
@@ -351,6 +361,7 @@ int sparsify_moe_ffn_backward(const int64_t *a) {
         .d_gate = (float *)(intptr_t)a[35],
         .d_gate_bias = (float *)(intptr_t)a[36],
         .d_down = (float *)(intptr_t)a[37],
+        .by_neuron = a[38],
     };
     return run_backward(&g, a[13], a[14], (parallel_function)(intptr_t)a[15]);
 }

@@ -79,7 +79,13 @@ def covers(x: Tensor, experts: Experts) -> bool:
 
 
 def run(
-    x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts, blocks: Experts | None = None
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_ids: Tensor,
+    experts: Experts,
+    blocks: Experts | None = None,
+    *,
+    new: bool = False,
 ) -> Tensor:
     """See `sparsify::moe_ffn`; only where `covers` says so.
 
@@ -89,18 +95,20 @@ def run(
         expert_ids: see `x`.
         experts: see `x`.
         blocks: `experts_in_blocks` of them, in fp32, which are then read in their place.
+        new: they were made for this call, so that no one looks whether the experts are still those.
 
     Raises:
         IndexError: an expert id is not in `[-1, E)`.
         MemoryError: there is no memory for the hidden values.
         StaleBlocksError: the experts were written to since.
     """
-    return _call(_kernel(), x, routing_weights, expert_ids, experts, blocks)
+    return _call(_kernel(), x, routing_weights, expert_ids, experts, blocks, None if new else experts)
 
 
 def _call(
-    kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts, blocks: Experts | None
-) -> Tensor:
+    kernel: _Kernel, x: Tensor, routing_weights: Tensor, expert_ids: Tensor, experts: Experts, blocks: Experts | None,
+    source: Experts | None,
+) -> Tensor:  # fmt: skip
     (num_experts, width, hidden_size), outputs = experts.up_proj.shape, experts.down_proj.shape[1]
     num_tokens, top_k = expert_ids.shape
     # The kernel reads the memory of what is named here. Conversions that change nothing would cost microseconds.
@@ -116,7 +124,7 @@ def _call(
         ACTIVATION_NUMBERS[experts.activation], size == 2, 1 if small else torch.get_num_threads(), _poison,
         kernel.parallel, kernel.barrier,
         *matrices_of(blocks or experts, size), blocks is not None, 0, 0,
-        *(matrices_of(experts, size) if blocks else NO_MATRICES),
+        *(matrices_of(source, size) if blocks and source else NO_MATRICES),
     )  # fmt: skip
     assert kernel.call is not None
     _require_fine(kernel.call(packed), ids, num_experts)
@@ -222,7 +230,7 @@ def _self_check(kernel: _Kernel) -> str:
             ids = torch.randint(-1, num_experts, (tokens, top_k), generator=generator)
             expected = moe_ffn_reference(x.double(), weights.double(), ids, *experts.double())
             for blocks in (None, experts_in_blocks(experts)) if dtype == torch.float32 else (None,):
-                y = _call(kernel, x, weights, ids, experts, blocks).double()
+                y = _call(kernel, x, weights, ids, experts, blocks, experts).double()
                 error = float((y - expected).abs().max() / expected.abs().max())
                 if not error <= bound:
                     return f"its results are wrong: relative error {error:.1e} in {dtype}, at most {bound:.0e} expected"

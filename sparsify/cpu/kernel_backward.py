@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify.cpu.experts import Experts
 from sparsify.cpu.matrices import ACTIVATION_NUMBERS, matrices_of
 
-_PACK = struct.Struct("38q").pack
+_PACK = struct.Struct("39q").pack
 _SLICE = 64  # neurons of a task: OUTPUTS in blocks.h
 
 
@@ -39,7 +39,7 @@ def call_backward(
         x: as in the forward, and so are `routing_weights`, `expert_ids` and `experts`.
         routing_weights: see `x`.
         expert_ids: see `x`.
-        experts: see `x`.
+        experts: see `x`; down_proj may be a view of `[E, I, D_out]`, and its gradient is one too then.
         needs: nine flags.
         threads: to run on.
         parallel: address of what runs a function in threads.
@@ -57,12 +57,16 @@ def call_backward(
         for tensor, needed in zip((x, None, None, *experts[:6]), needs, strict=True)
     ]
     parts = x.new_zeros((-(-width // _SLICE), *ids.shape)) if needs[1] else x.new_empty(0)
+    by_neuron = lies_by_neuron(experts.down_proj)
+    if by_neuron:
+        experts = experts._replace(down_proj=experts.down_proj.transpose(1, 2))
+        grads[7] = grads[7].view(num_experts, width, outputs).transpose(1, 2) if needs[7] else grads[7]
     d_x, _, _, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias = grads
     made = [tensor.data_ptr() for tensor in (d_x, parts, d_up, d_up_bias, d_gate, d_gate_bias, d_down)]
     packed = _PACK(
         x.data_ptr(), x.stride(0) * 4, weights.data_ptr(), ids.data_ptr(), grad.data_ptr(), grad.stride(0) * 4,
         len(x), hidden_size, width, outputs, num_experts, ids.shape[1], ACTIVATION_NUMBERS[experts.activation],
-        threads, poison, parallel, *matrices_of(experts, 4), *made,
+        threads, poison, parallel, *matrices_of(experts, 4), *made, by_neuron,
     )  # fmt: skip
     status = call(packed)
     if needs[1]:
@@ -71,6 +75,11 @@ def call_backward(
         shares = x.new_zeros((len(x), num_experts)).scatter_add_(1, ids.clamp(min=0), weights * (ids >= 0))
         torch.mm(shares.t(), grad, out=d_down_bias)
     return status, grads
+
+
+def lies_by_neuron(down_proj: Tensor) -> bool:
+    """`[E, D_out, I]` as a view of `[E, I, D_out]`."""
+    return down_proj.stride(2) != 1 and down_proj.stride(1) == 1
 
 
 def _of_routing(by_hidden: Tensor, grad: Tensor, ids: Tensor, down_bias: Tensor | None) -> Tensor:

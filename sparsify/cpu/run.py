@@ -47,7 +47,7 @@ def moe_ffn_cpu(
     if form == "fused":
         return kernel.run(x, routing_weights, expert_ids, experts)
     if form == "fused_new_blocks":
-        return kernel.run(x, routing_weights, expert_ids, experts, experts_in_blocks(experts))
+        return kernel.run(x, routing_weights, expert_ids, experts, experts_in_blocks(experts), new=True)
     return FORMS[form](x, routing_weights, expert_ids, experts)
 
 

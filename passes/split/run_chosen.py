@@ -1,0 +1,81 @@
+"""Only the neurons that run for a token, forward and backward, by the compiled kernel: for the training of a block.
+
+T tokens, D hidden_size, K units that run for a token, U units of m neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.cpu import kernel
+from sparsify.cpu.blocks import in_blocks
+from sparsify.cpu.experts import Experts as Weights
+from sparsify.kernels.reference import ACTIVATIONS
+from sparsify.passes.activation import name_activation
+from sparsify.passes.split.experts import Experts
+
+_FEW_CHOSEN = 0.7  # share of the units: with more of them the products of all neurons are as fast
+_WIDE_UNIT = 3e5  # weights of a projection: with more of them the products of torch are as fast
+
+RunChosen = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor | None], Tensor], Tensor]
+
+
+def run_chosen(experts: Experts, x: Tensor, chosen: int, units: int) -> RunChosen | None:
+    """How to run some units, or None where products of all neurons are faster, or the kernel cannot.
+
+    Args:
+        experts: the split.
+        x: tokens as they will come, `[T, D]`.
+        chosen: units that run for a token, shared ones among them.
+        units: all of them.
+
+    Returns:
+        Takes x `[T, D]`, the units `[T, K]` of each token, projections `[U, m, D]` and their biases `[U, m]` in the
+        order of `experts`, and down `[U, m, D_out]`; gives `[T, D_out]`.
+    """
+    found = name_activation(experts.activation, len(experts.projections), len(experts.vectors))
+    _, outputs, size = experts.down.shape
+    if found.name not in ACTIVATIONS or experts.sizes is not None or chosen >= _FEW_CHOSEN * units:
+        return None
+    if size * max(x.shape[1], outputs) >= _WIDE_UNIT or x.device.type != "cpu" or x.dtype != torch.float32:
+        return None
+    if not kernel.kernel_status().threaded:
+        return None
+    places = [0] if found.gate is None else [1 - found.gate, found.gate]
+
+    def run(
+        x: Tensor, ids: Tensor, projections: Sequence[Tensor], biases: Sequence[Tensor | None], down: Tensor
+    ) -> Tensor:
+        up, *gate = [(projections[place], biases[place]) for place in places]
+        return _RunChosen.apply(x, ids, *up, *(gate[0] if gate else (None, None)), down, found.name)
+
+    return run
+
+
+class _RunChosen(torch.autograd.Function):
+    """`sparsify::moe_ffn` with weights of one for all routing, and `down` by neuron, `[U, m, D_out]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None,
+        gate_bias: Tensor | None, down: Tensor, activation: str,
+    ) -> Tensor:  # fmt: skip
+        weights = Weights(up, up_bias, gate, gate_bias, down.transpose(1, 2), None, activation)
+        ctx.save_for_backward(x, ids, *weights[:6])
+        ctx.activation = activation
+        wide = None if gate is None else in_blocks(gate)
+        blocks = weights._replace(up_proj=in_blocks(up), gate_proj=wide, down_proj=down.unsqueeze(1))
+        return kernel.run(x, x.new_ones(ids.shape), ids, weights, blocks, new=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, ids, *weights = ctx.saved_tensors
+        needs = [False, False, False, *(weight is not None for weight in weights)]
+        grads = kernel.run_backward(grad.contiguous(), x, x.new_ones(ids.shape), ids, Weights(*weights, ctx.activation), needs)
+        up, up_bias, gate, gate_bias, down = (made if needed else None for made, needed in zip(grads[3:8], needs[3:8], strict=True))
+        assert down is not None
+        return None, None, up, up_bias, gate, gate_bias, down.transpose(1, 2), None
