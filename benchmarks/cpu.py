@@ -2,6 +2,7 @@
 
     python benchmarks/cpu.py                 all layers, 1 and 2 threads, about six minutes
     python benchmarks/cpu.py --quick         the GELU layers, fp32, half a minute
+    python benchmarks/cpu.py --train         forward and backward, fp32, a minute; to out/cpu_training.md
 
 All columns of a row are timed in turns within one run, each round with other tokens and another routing, so that no
 column finds its weights in a cache that the others do not have; the median counts. `dense packed` has its weights
@@ -16,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
@@ -36,6 +37,8 @@ from sparsify.cpu.run import choose_form
 from sparsify.kernels.pairs import sort_pairs
 from sparsify.ops import moe_ffn
 
+_TOKENS = (1, 4, 16, 64, 256, 1024)
+_TRAINABLE = ("dense", "loop", "HF grouped_mm", "grouped_mm", "ours")
 _VARIANTS = 16  # of tokens and routing
 _BATCHED_MM_TOKENS = 16  # it copies the weights for every pair: beyond, it takes seconds
 Column = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -61,21 +64,23 @@ class Case(NamedTuple):
 
 def main(
     quick: Annotated[bool, typer.Option(help="the GELU layers, fp32, as many threads as torch has")] = False,
+    train: Annotated[bool, typer.Option(help="with the gradients of tokens, routing weights and experts")] = False,
     seconds: Annotated[float, typer.Option(help="at least so long per row of a table")] = 2.0,
     output: Annotated[Path, typer.Option(help="folder of the tables")] = Path("out"),
 ) -> None:
     """Time all layers and write the tables."""
     results: list[dict[str, Any]] = []
-    for case in _cases(quick):
+    for case in _training_cases() if train else _cases(quick):
         torch.set_num_threads(case.threads)
-        rows = [_row(case, tokens, seconds) for tokens in (1, 4, 16, 64, 256, 1024)]
+        rows = [_row(case, tokens, seconds, train) for tokens in ((64, 512, 2048) if train else _TOKENS)]
         results.append({"case": str(case), "experts": case.num_experts, "top_k": case.top_k, "rows": rows})
         print(_table(results[-1]), flush=True)
     machine = {"cpu": processor_name(), "torch": torch.__version__, "kernel": kernel_status().available}
     title = f"# One FFN layer on {machine['cpu']}\n"
     text = f"{title}\ntorch {machine['torch']}, microseconds, medians of interleaved rounds\n"
-    _write(output / "cpu.json", json.dumps({"machine": machine, "results": results}, indent=1))
-    _write(output / "cpu.md", "\n".join([text, *map(_table, results)]))
+    name = "cpu_training" if train else "cpu"
+    _write(output / f"{name}.json", json.dumps({"machine": machine, "results": results}, indent=1))
+    _write(output / f"{name}.md", "\n".join([text, *map(_table, results)]))
 
 
 def _cases(quick: bool) -> list[Case]:
@@ -86,13 +91,22 @@ def _cases(quick: bool) -> list[Case]:
     return [Case(*layer, dtype, threads) for threads in (2, 1) for dtype in dtypes for layer in layers]
 
 
-def _row(case: Case, tokens: int, seconds: float) -> dict[str, Any]:
+def _training_cases() -> list[Case]:
+    sizes = [(768, 3072, 8, 2), (768, 3072, 16, 4), (384, 1536, 16, 4), (384, 1536, 48, 12), (384, 1536, 192, 48)]
+    return [Case(*parts, False, torch.float32, torch.get_num_threads()) for parts in sizes]
+
+
+def _row(case: Case, tokens: int, seconds: float, train: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    experts = _experts(case)
+    experts = _experts(case, train)
     columns = _columns(case, experts, tokens)
+    if train:
+        columns = {name: _with_gradients(columns[name], experts) for name in _TRAINABLE}
+        dense, weights = _dense(experts, functional.linear, lambda weight: weight.detach().requires_grad_())
+        columns["dense"] = _with_gradients(dense, (*weights, *experts))
     batches = [_batch(case, tokens) for _ in range(_VARIANTS)]
     times: dict[str, list[float]] = {name: [] for name in columns}
-    with torch.inference_mode():
+    with torch.inference_mode(not train):
         _agree(columns, batches[0])
         start, done = time.perf_counter(), 0
         while time.perf_counter() - start < seconds or done < 5:
@@ -101,9 +115,9 @@ def _row(case: Case, tokens: int, seconds: float) -> dict[str, Any]:
                 columns[name](*batches[done % _VARIANTS])
                 times[name].append(time.perf_counter() - begin)
             done += 1
-        form = choose_form(batches[0][0], batches[0][2], experts)
+        form = choose_form(batches[0][0], batches[0][2], experts, blocks=not train)
     medians = {name: statistics.median(values) * 1e6 for name, values in times.items()}
-    ratio = min(medians["dense"], medians["dense packed"]) / medians["ours"]
+    ratio = min(medians["dense"], medians.get("dense packed", medians["dense"])) / medians["ours"]
     return {"tokens": tokens, "rounds": done, "microseconds": medians, "form": form, "ratio": ratio,
             "share": ratio * case.top_k / case.num_experts}  # fmt: skip
 
@@ -119,6 +133,18 @@ def _agree(columns: dict[str, Column], batch: tuple[Tensor, Tensor, Tensor]) -> 
         assert error < 0.05, f"{name} computes something else: relative error {error:.1e}"
 
 
+def _with_gradients(column: Column, parts: Iterable[object]) -> Column:
+    """Forward and backward, to the tokens, the routing weights and those of `parts` that want it."""
+    trained = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
+
+    def run(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        y = column(x.requires_grad_(), weights.requires_grad_(), ids)
+        torch.autograd.grad(y, (x, weights, *trained), torch.ones_like(y), allow_unused=True)
+        return y.detach()
+
+    return run
+
+
 def _rotated(names: list[str], by: int) -> list[str]:
     by %= len(names)
     return names[by:] + names[:by]
@@ -129,13 +155,13 @@ def _batch(case: Case, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(tokens, case.hidden_size).to(case.dtype), torch.rand(tokens, case.top_k).to(case.dtype), ids
 
 
-def _experts(case: Case) -> Experts:
+def _experts(case: Case, trained: bool) -> Experts:
     """Weights as the converter leaves them; biases where the layer is not gated, as in BERT and Llama."""
     width = case.intermediate_size // case.num_experts
 
     def random(*shape: int) -> Tensor:
         weight = (torch.randn(case.num_experts, *shape) / shape[-1] ** 0.5).to(case.dtype)
-        return nn.Parameter(weight, requires_grad=False)
+        return nn.Parameter(weight, requires_grad=trained)
 
     up, down = random(width, case.hidden_size), random(case.hidden_size, width)
     if case.gated:
@@ -146,7 +172,7 @@ def _experts(case: Case) -> Experts:
 def _columns(case: Case, experts: Experts, tokens: int) -> dict[str, Column]:
     hugging_face = _hugging_face(case, experts)
     columns: dict[str, Column] = {
-        "dense": _dense(case, experts, functional.linear, lambda weight: weight),
+        "dense": _dense(experts, functional.linear, lambda weight: weight)[0],
         "loop": lambda x, weights, ids: sorted_linears(x, weights, ids, experts),
         "HF grouped_mm": lambda x, weights, ids: grouped_mm_experts_forward(hugging_face, x, ids, weights),
         "grouped_mm": lambda x, weights, ids: _grouped_mm(x, weights, ids, experts),
@@ -154,7 +180,7 @@ def _columns(case: Case, experts: Experts, tokens: int) -> dict[str, Column]:
     }
     if packed.supported(case.dtype):
         pack = lambda weight: packed.pack(weight, weight.shape, tokens)  # noqa: E731
-        columns["dense packed"] = _dense(case, experts, packed.apply, pack)
+        columns["dense packed"] = _dense(experts, packed.apply, pack)[0]
     if case.gated:
         columns["HF eager"] = lambda x, weights, ids: MixtralExperts.forward(hugging_face, x, ids, weights)
     if tokens <= _BATCHED_MM_TOKENS:
@@ -162,8 +188,10 @@ def _columns(case: Case, experts: Experts, tokens: int) -> dict[str, Column]:
     return columns
 
 
-def _dense(case: Case, experts: Experts, linear: Callable[..., Tensor], prepare: Callable[[Tensor], Tensor]) -> Column:
-    """The layer before its conversion."""
+def _dense(
+    experts: Experts, linear: Callable[..., Tensor], prepare: Callable[[Tensor], Tensor]
+) -> tuple[Column, list[Tensor]]:
+    """The layer before its conversion, and its weights."""
     up = prepare(experts.up_proj.flatten(0, 1))
     gate = None if experts.gate_proj is None else prepare(experts.gate_proj.flatten(0, 1))
     down = prepare(experts.down_proj.transpose(0, 1).flatten(1).contiguous())
@@ -174,7 +202,7 @@ def _dense(case: Case, experts: Experts, linear: Callable[..., Tensor], prepare:
         gated = None if gate is None else linear(x, gate, None)
         return linear(experts.activate(linear(x, up, up_bias), gated), down, down_bias)
 
-    return run
+    return run, [up, down] if gate is None else [up, gate, down]
 
 
 def _hugging_face(case: Case, experts: Experts) -> Any:

@@ -111,7 +111,7 @@ class _Block(nn.Module):
         if shared is not None:
             ups = [torch.cat([linear.weight, up]) for linear, up in zip(shared.projections, ups, strict=True)]
             biases = [_cat(linear.bias, bias) for linear, bias in zip(shared.projections, biases, strict=True)]
-            vectors = [_cat(a, b) if b.dim() else b for a, b in zip(shared.vectors, vectors, strict=True)]
+            vectors = [torch.cat([a, b]) if b.dim() else b for a, b in zip(shared.vectors, vectors, strict=True)]
             down = torch.cat([shared.down.weight.t(), down])
         self.ups = nn.ParameterList(nn.Parameter(up.clone()) for up in ups)
         self.biases = [None if bias is None else nn.Parameter(bias.clone()) for bias in biases]

@@ -65,7 +65,7 @@ class _RunChosen(torch.autograd.Function):
         gate_bias: Tensor | None, down: Tensor, activation: str,
     ) -> Tensor:  # fmt: skip
         weights = Weights(up, up_bias, gate, gate_bias, down.transpose(1, 2), None, activation)
-        ctx.save_for_backward(x, ids, *weights[:6])
+        ctx.save_for_backward(x, ids, *weights[:5])
         ctx.activation = activation
         wide = None if gate is None else in_blocks(gate)
         blocks = weights._replace(up_proj=in_blocks(up), gate_proj=wide, down_proj=down.unsqueeze(1))
@@ -73,9 +73,9 @@ class _RunChosen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, ids, *weights = ctx.saved_tensors
-        needs = [False, False, False, *(weight is not None for weight in weights)]
-        grads = kernel.run_backward(grad.contiguous(), x, x.new_ones(ids.shape), ids, Weights(*weights, ctx.activation), needs)
-        up, up_bias, gate, gate_bias, down = (made if needed else None for made, needed in zip(grads[3:8], needs[3:8], strict=True))
-        assert down is not None
-        return None, None, up, up_bias, gate, gate_bias, down.transpose(1, 2), None
+        x, ids, up, up_bias, gate, gate_bias, down = ctx.saved_tensors
+        weights = Weights(up, up_bias, gate, gate_bias, down, None, ctx.activation)
+        needs = [False, False, False, *(part is not None for part in weights[:6])]
+        made = kernel.run_backward(grad.contiguous(), x, x.new_ones(ids.shape), ids, weights, needs)
+        grads = [made[place] if needs[place] else None for place in range(3, 7)]
+        return None, None, *grads, made[7].transpose(1, 2), None

@@ -90,8 +90,8 @@ INLINE vf slope_of(vf z, int activation) {
         u = z * (splat(1.5957691216057308f) + z * z * splat(0.07135481282f));
         steepness = splat(1.5957691216057308f) + z * z * splat(0.21406443846f);
     }
-    vf sigmoid = one / (one + exponential(-u));
-    return sigmoid + z * sigmoid * (one - sigmoid) * steepness;
+    vf power = exponential(-u), sigmoid = one / (one + power); /* power * sigmoid: 1 - sigmoid, without cancellation */
+    return sigmoid + z * sigmoid * (power * sigmoid) * steepness;
 }
 
 /* In place: `up` becomes the hidden values, `d` the gradient of what `up` was, and `gate`, if there is one, its gradient;

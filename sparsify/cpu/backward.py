@@ -1,5 +1,4 @@
-"""Gradients of `sparsify::moe_ffn` on a CPU: by the compiled kernel, or in torch ops, one expert after another or all
-of them at once with the others masked.
+"""Gradients of `sparsify::moe_ffn` on a CPU: by the kernel, one expert after another, or all of them with a mask.
 
 T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neurons of one expert, F = E * I.
 """

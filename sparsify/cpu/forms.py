@@ -9,8 +9,8 @@
 | `sorted_packed` | many tokens | all, packed |
 
 They serve where `sparsify.cpu.kernel` cannot, or is slower. It has three more: `fused`, with the weights as they are,
-`fused_blocks`, with a copy of them in blocks (`sparsify/cpu/blocks.py`), and `fused_new_blocks`, with a copy for this call
-alone, where weights are being trained.
+`fused_blocks`, with a copy of them in blocks (`sparsify/cpu/blocks.py`), and `fused_new_blocks`, with a copy for this
+call, as weights that are being trained need.
 T tokens, D hidden_size, D_out output features, E num_experts, K top_k, I neurons of one expert, n pairs of a token and
 a slot that is used.
 """

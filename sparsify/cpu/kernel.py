@@ -228,10 +228,28 @@ def _self_check(kernel: _Kernel) -> str:
             )  # fmt: skip
             x, weights = random(tokens, hidden_size), torch.rand((tokens, top_k), generator=generator)
             ids = torch.randint(-1, num_experts, (tokens, top_k), generator=generator)
-            expected = moe_ffn_reference(x.double(), weights.double(), ids, *experts.double())
-            for blocks in (None, experts_in_blocks(experts)) if dtype == torch.float32 else (None,):
-                y = _call(kernel, x, weights, ids, experts, blocks, experts).double()
-                error = float((y - expected).abs().max() / expected.abs().max())
-                if not error <= bound:
-                    return f"its results are wrong: relative error {error:.1e} in {dtype}, at most {bound:.0e} expected"
+            errors = _errors(kernel, x, weights, ids, experts)
+            if not max(errors) <= bound:
+                return (
+                    f"its results are wrong: relative error {max(errors):.1e} in {dtype}, at most {bound:.0e} expected"
+                )
     return ""
+
+
+def _errors(kernel: _Kernel, x: Tensor, weights: Tensor, ids: Tensor, experts: Experts) -> list[float]:
+    """Of all that the kernel computes for a layer, relative to the largest value of each."""
+    tokens, routing, exact = x.double(), weights.double(), experts.double()
+    expected = moe_ffn_reference(tokens, routing, ids, *exact)
+    if x.dtype != torch.float32:
+        return [_error(_call(kernel, x, weights, ids, experts, None, None), expected)]
+    blocks, grad = experts_in_blocks(experts), torch.ones_like(expected)
+    found = [_call(kernel, x, weights, ids, experts, form, experts) for form in (None, blocks)]
+    needs = [True, True, False, *(part is not None for part in experts[:6])]
+    gradients = _call_backward(kernel, grad.float(), x, weights, ids, experts, needs)
+    wanted = [expected, expected, *moe_ffn_backward_reference(grad, tokens, routing, ids, *exact, needs)]
+    return [_error(*pair) for pair in zip([*found, *gradients], wanted, strict=True) if pair[0].numel()]
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    error = (found.double() - expected).abs().max() / expected.abs().max()
+    return float(error.nan_to_num(torch.inf))

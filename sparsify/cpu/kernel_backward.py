@@ -46,7 +46,7 @@ def call_backward(
         poison: memory that was never written is NaN.
 
     Returns:
-        What the kernel says, and the gradients.
+        What the kernel says, and the gradients where that is 0.
     """
     (num_experts, width, hidden_size), outputs = experts.up_proj.shape, experts.down_proj.shape[1]
     # The kernel reads the memory of what is named here.
@@ -69,6 +69,8 @@ def call_backward(
         threads, poison, parallel, *matrices_of(experts, 4), *made, by_neuron,
     )  # fmt: skip
     status = call(packed)
+    if status:
+        return status, []
     if needs[1]:
         grads[1] = _of_routing(parts.sum(0), grad, ids, experts.down_bias).to(routing_weights.dtype)
     if d_down_bias.numel():

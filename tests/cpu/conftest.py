@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify.cpu import kernel
 from sparsify.cpu.experts import Experts
-from sparsify.kernels.reference import moe_ffn_reference
+from sparsify.kernels.reference import moe_ffn_backward_reference, moe_ffn_reference
 
 Layer = tuple[Tensor, Tensor, Tensor, Experts]
 
@@ -25,6 +25,35 @@ def make_layer() -> Callable[..., Layer]:
 def error_of() -> Callable[[Tensor, Layer], float]:
     """The largest error of a result over the largest value, against the reference in fp64 on the same numbers."""
     return lambda y, layer: _relative_error(y, _exact(*layer))
+
+
+@pytest.fixture
+def require_exact() -> Callable[[list[Tensor], Tensor, Layer, float], None]:
+    """That all nine gradients are right, relative to the largest value of each; see `_require_exact`."""
+    return _require_exact
+
+
+def _require_exact(found: list[Tensor], grad: Tensor, layer: Layer, bound: float) -> None:
+    """Against the reference in fp64 on the same numbers."""
+    x, weights, ids, experts = layer
+    needs = _needs_of(experts)
+    exact = moe_ffn_backward_reference(grad.double(), x.double(), weights.double(), ids, *experts.double(), needs)
+    for place in (place for place, needed in enumerate(needs) if needed):
+        ours, theirs = found[place], exact[place]
+        assert ours.dtype == (weights if place == 1 else x).dtype
+        assert ours.shape == theirs.shape
+        size = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound * size)
+
+
+@pytest.fixture
+def needs_of() -> Callable[[Experts], list[bool]]:
+    """All gradients that there are."""
+    return _needs_of
+
+
+def _needs_of(experts: Experts) -> list[bool]:
+    return [True, True, False, *(isinstance(part, Tensor) for part in experts[:6])]
 
 
 def _make_layer(

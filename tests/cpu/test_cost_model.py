@@ -93,11 +93,20 @@ def test_a_copy_of_the_weights_must_pay():
     assert make_costs(fused_blocks=1.2e10).experts(shape(), 1024, ["fused", "fused_blocks"])[0] == "fused_blocks"
 
 
-@pytest.mark.parametrize("form", ALL)
+def test_blocks_for_one_call_cost_two_copies():
+    """Protects: packing is charged, so that few rows are not packed for; kept blocks cost no more than they do."""
+    costs = make_costs(fused_blocks=1e14)
+    forms = ["fused", "fused_new_blocks"]
+    kept, new = (costs.experts(shape(), 512, [form])[1] for form in ("fused_blocks", "fused_new_blocks"))
+    assert new - kept == pytest.approx(2 * 2 * 768 * 3072 / costs.for_dtype(torch.float32).moved)
+    assert [costs.experts(shape(), tokens, forms)[0] for tokens in (1, 512)] == forms
+
+
+@pytest.mark.parametrize("form", [*ALL, "fused_new_blocks"])
 def test_more_tokens_cost_more(form):
     """Protects: no form is free at any size. A single row may cost more than four: it takes another path in oneDNN."""
     costs = Costs.load()
-    for dtype in (torch.float32, torch.bfloat16) if form != "fused_blocks" else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16) if "blocks" not in form else (torch.float32,):
         layer = FFNShape(768, 3072, 768, 8, 2, False, dtype)
         times = [costs.experts(layer, tokens, [form])[1] for tokens in (4, 16, 64, 512)]
         assert times == sorted(times)

@@ -65,6 +65,8 @@ def test_the_kernel_is_chosen_where_it_covers(make_layer):
             x, _, ids, experts = make_layer(tokens, 768, 96, 768, 8, 2, dtype=dtype)
             assert choose_form(x, ids, experts).startswith("fused")
             assert choose_form(x, ids, experts, blocks=False) == "fused"
+    x, _, ids, experts = make_layer(2048, 384, 8, 384, 192, 48)
+    assert choose_form(x, ids, experts, blocks=False) == "fused_new_blocks"
 
 
 @pytest.fixture
@@ -115,6 +117,18 @@ def test_training_copies_no_weights(blocks_made, make_stored):
     with torch.no_grad():
         moe_ffn(x.detach(), weights.detach(), ids, *experts)
     assert len(blocks_made) == 2
+
+
+def test_blocks_for_one_call(blocks_made, make_stored, error_of, monkeypatch):
+    """Protects: where weights are trained, blocks are made anew for each call and not kept."""
+    monkeypatch.setattr(run, "choose_form", lambda *_, blocks: "fused_blocks" if blocks else "fused_new_blocks")
+    layer = make_stored()
+    x, weights, ids, experts = layer
+    for _ in range(3):
+        y = moe_ffn(x.requires_grad_(), weights, ids, *experts)
+        assert error_of(y.detach(), (x.detach(), *layer[1:])) <= 1e-6
+        experts.up_proj.data.mul_(1.5)  # not counted by torch
+    assert len(blocks_made) == 6
 
 
 def test_weights_that_are_computed_are_not_copied(blocks_made, make_stored):

@@ -74,7 +74,7 @@ def test_products_of_bf16_learn_as_much(dense: DenseFFN, monkeypatch: pytest.Mon
 def test_gains_are_those_of_running_an_expert(dense: DenseFFN, sizes: tuple[int, ...] | None) -> None:
     """Protects: what a router learns from: by how much the squared error falls with an expert, whatever its width."""
     experts, router, x, target = setup(dense, 1, tokens=9, sizes=sizes)
-    block = _Block(experts, router)
+    block = _Block(experts, router, x)
     ids = router(x)[1]
     chosen = torch.zeros(9, 3).scatter_(1, ids, 1.0)
     routed = experts.activation(*_flat_inputs(experts, x))
