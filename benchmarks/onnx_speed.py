@@ -31,7 +31,7 @@ import numpy as np
 import onnxruntime
 import torch
 import typer
-from onnx_tables import write_tables
+from onnx_tables import LOADS, write_tables
 from torch import Tensor, fx, nn
 
 from sparsify import SparseModel, SparsifyConfig, export_onnx, onnx_ops_library, sparsify
@@ -219,17 +219,14 @@ def _files(case: Case, folder: Path) -> dict[str, Path]:
 def _measure(case: Case, files: Mapping[str, Path], rounds: int, seconds: float) -> dict[str, Any]:
     machine = {"cpu": processor_name(), "onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
     times: dict[str, dict[str, list[float]]] = {}
-    loads: dict[str, float] = {}
     for threads in case.threads:
         turns = [{name: _time(file, case, threads, seconds) for name, file in files.items()} for _ in range(rounds)]
-        if not loads:
-            loads = {name: statistics.median(turn[name][0] for turn in turns) for name in files}
-        times[str(threads)] = {name: _medians([turn[name][1] for turn in turns]) for name in files}
+        times[str(threads)] = {name: _medians([turn[name] for turn in turns]) for name in files}
     return {
         "case": {"kind": type(case).__name__, **case._asdict(), "sizes": case.sizes},
         "machine": machine,
         "ms": times,
-        "load_ms": {name: load * 1e3 for name, load in loads.items()},
+        **_load_times(files, rounds),
         "bytes": {name: file.stat().st_size for name, file in files.items()},
         # /proc exists on Linux alone.
         "peak_bytes": {name: _peak(file, case) for name, file in files.items() if sys.platform == "linux"},
@@ -271,8 +268,19 @@ def _balance(router: MLPRouter, hidden_size: int) -> None:
     router.output.bias.sub_(mean).div_(deviation)
 
 
-def _open(file: Path, threads: int) -> Any:
+def _load_times(files: Mapping[str, Path], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds to load each file, as onnxruntime does by itself, and without its search for buffers to reuse."""
+    found: dict[str, dict[str, list[float]]] = {key: {name: [] for name in files} for key in LOADS}
+    for _, name, (key, reuse) in itertools.product(range(rounds), files, LOADS.items()):
+        start = time.perf_counter()
+        _open(files[name], torch.get_num_threads(), reuse=reuse)
+        found[key][name].append((time.perf_counter() - start) * 1e3)
+    return {key: {name: statistics.median(own) for name, own in times.items()} for key, times in found.items()}
+
+
+def _open(file: Path, threads: int, *, reuse: bool = True) -> Any:
     options = onnxruntime.SessionOptions()
+    options.enable_mem_reuse = reuse
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     for library in _library(file):
@@ -285,17 +293,15 @@ def _library(file: Path) -> list[str]:
     return [onnx_ops_library()] if file.stem == "fused_op" else []
 
 
-def _time(file: Path, case: Case, threads: int, seconds: float) -> tuple[float, list[float]]:
-    """Seconds to load, and median seconds of a call at every size."""
-    start = time.perf_counter()
+def _time(file: Path, case: Case, threads: int, seconds: float) -> list[float]:
+    """Median seconds of a call at every size."""
     session = _open(file, threads)
-    load = time.perf_counter() - start
     known = [value.name for value in session.get_inputs()]
     times: list[float] = []
     for size in case.sizes:
         batches = [{name: array for name, array in case.feeds(size).items() if name in known} for _ in range(8)]
         times.append(_median(lambda feed: session.run(None, feed), batches, seconds))
-    return load, times
+    return times
 
 
 def _median(run: Callable[[Any], object], batches: Sequence[Any], seconds: float) -> float:

@@ -57,6 +57,8 @@ def open_session(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # The search for buffers compares each value with all that were freed: seconds for hundreds of experts.
+    options.enable_mem_reuse = False
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if own_ops:
         options.register_custom_ops_library(onnx_ops_library())
