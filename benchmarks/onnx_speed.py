@@ -270,6 +270,8 @@ def _balance(router: MLPRouter, hidden_size: int) -> None:
 
 def _load_times(files: Mapping[str, Path], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds to load each file, as onnxruntime does by itself, and without its search for buffers to reuse."""
+    for file in files.values():
+        _open(file, 1)  # so that it lies in memory
     found: dict[str, dict[str, list[float]]] = {key: {name: [] for name in files} for key in LOADS}
     for _, name, (key, reuse) in itertools.product(range(rounds), files, LOADS.items()):
         start = time.perf_counter()

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from sparsify.cpu import kernel
+from sparsify.cpu.backward import few_and_narrow
 from sparsify.cpu.blocks import in_blocks
 from sparsify.cpu.experts import Experts as Weights
 from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.passes.activation import name_activation
 from sparsify.passes.split.experts import Experts
-
-_FEW_CHOSEN = 0.7  # share of the units: with more of them the products of all neurons are as fast
-_WIDE_UNIT = 3e5  # weights of a projection: with more of them the products of torch are as fast
 
 RunChosen = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor | None], Tensor], Tensor]
 
@@ -39,11 +37,11 @@ def run_chosen(experts: Experts, x: Tensor, chosen: int, units: int) -> RunChose
     """
     found = name_activation(experts.activation, len(experts.projections), len(experts.vectors))
     _, outputs, size = experts.down.shape
-    if found.name not in ACTIVATIONS or experts.sizes is not None or chosen >= _FEW_CHOSEN * units:
+    if found.name not in ACTIVATIONS or experts.sizes is not None:
         return None
-    if size * max(x.shape[1], outputs) >= _WIDE_UNIT or x.device.type != "cpu" or x.dtype != torch.float32:
+    if not few_and_narrow(chosen, units, size, max(x.shape[1], outputs)):
         return None
-    if not kernel.kernel_status().threaded:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not kernel.kernel_status().threaded:
         return None
     places = [0] if found.gate is None else [1 - found.gate, found.gate]
 

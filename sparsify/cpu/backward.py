@@ -44,9 +44,20 @@ def moe_ffn_backward_cpu(
 def kernel_pays(x: Tensor, expert_ids: Tensor, experts: Experts) -> bool:
     """Whether the compiled kernel computes these gradients, and faster than products of torch."""
     num_experts, width, hidden_size = experts.up_proj.shape
-    few = expert_ids.shape[1] < _FEW_CHOSEN * num_experts
-    small = 0 < width * max(hidden_size, experts.down_proj.shape[1]) < _WIDE_EXPERT
-    return few and small and x.dtype == torch.float32 and len(expert_ids) > 0 and kernel.covers(x, experts)
+    small = few_and_narrow(expert_ids.shape[1], num_experts, width, max(hidden_size, experts.down_proj.shape[1]))
+    return small and width > 0 and len(x) > 0 and x.dtype == torch.float32 and kernel.covers(x, experts)
+
+
+def few_and_narrow(top_k: int, num_experts: int, width: int, features: int) -> bool:
+    """Whether so few experts run for a token, each with so few weights, that the compiled kernel is the fastest.
+
+    Args:
+        top_k: experts that run for a token.
+        num_experts: of how many.
+        width: neurons of an expert.
+        features: that a neuron reads, or writes.
+    """
+    return top_k < _FEW_CHOSEN * num_experts and width * features < _WIDE_EXPERT
 
 
 def masking_pays(x: Tensor, expert_ids: Tensor, experts: Experts) -> bool:

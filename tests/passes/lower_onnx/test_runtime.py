@@ -34,6 +34,7 @@ def test_runs_a_model() -> None:
     (y,) = run_session(session, ["y"], {"x": torch.ones(3, 2)})
     assert torch.equal(y, -torch.ones(3, 2))
     assert seconds > 0
+    assert not session.get_session_options().enable_mem_reuse  # or files of many experts would take seconds to load
 
 
 def test_says_that_a_model_does_not_load() -> None:
