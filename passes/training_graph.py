@@ -18,9 +18,9 @@ from sparsify.cpu.experts import Experts
 from sparsify.passes.activation import is_view
 from sparsify.passes.find_layers import COMBINE, MOE_FFN
 from sparsify.passes.graph_values import op_name
-from sparsify.passes.masked_experts import MaskedRun, run_masked
 from sparsify.passes.neuron_wise import is_inert
 from sparsify.passes.split.bf16_products import has_bf16_products
+from sparsify.passes.taught_experts import TaughtRun, run_taught
 from sparsify.routers import Router
 
 _PRODUCTS = (torch.ops.aten.linear.default, MOE_FFN)
@@ -116,7 +116,7 @@ class TracingInterpreter(Interpreter):
 
     Attributes:
         kept: by name of the node, after a run.
-        masked: of the layers that ran as `run_masked`, by name of the node that adds up their experts.
+        taught: of the layers that ran as `run_taught`, by name of the node that adds up their experts.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class TracingInterpreter(Interpreter):
         *,
         detach: Sequence[str] = (),
         rounds: bool = False,
-        masks: bool = False,
+        teaches: bool = False,
     ) -> None:
         """Prepare to run.
 
@@ -136,12 +136,12 @@ class TracingInterpreter(Interpreter):
             detach: nodes whose readers send no gradient back.
             rounds: run products of fp32 in bf16 on a CPU that is faster at it. What lies between them stays in fp32, as
                 the backward of attention is slow in bf16 there.
-            masks: run layers as `run_masked` where that is faster; all routing weights are 1.
+            teaches: run layers as `run_taught` where that is faster; all routing weights are 1.
         """
         super().__init__(graph_module)
         self.kept: dict[str, Any] = {}
-        self.masked: dict[str, MaskedRun] = {}
-        self._keep, self._detach, self._rounds, self._masks = frozenset(keep), frozenset(detach), rounds, masks
+        self.taught: dict[str, TaughtRun] = {}
+        self._keep, self._detach, self._rounds, self._teaches = frozenset(keep), frozenset(detach), rounds, teaches
 
     def run_node(self, n: Node) -> Any:
         """Run one node."""
@@ -158,14 +158,14 @@ class TracingInterpreter(Interpreter):
             return self._compute(n).to(x.dtype)
 
     def _compute(self, n: Node) -> Any:
-        if not self._masks or n.target is not MOE_FFN:
+        if not self._teaches or n.target is not MOE_FFN:
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
         x, _, expert_ids, *experts = args
-        found = run_masked(x, expert_ids, Experts(*experts))
+        found = run_taught(x, expert_ids, Experts(*experts))
         if found is None:
             return super().run_node(n)
-        y, self.masked[n.name] = found
+        y, self.taught[n.name] = found
         return y
 
 

@@ -20,7 +20,7 @@ from sparsify.sparse_model import SparseModel
 
 _ROUTED_TOKENS = 128  # of a layer and step that teach its router: all its experts run for them
 _ROUTED_ROWS = 1 << 13  # of these tokens and experts: fewer tokens where experts are many
-_MASKED_SHARE = 4  # one of so many tokens teaches, where all experts run for every token anyway
+_TAUGHT_SHARE = 4  # one of so many tokens teaches, where all small experts run for it in wide products
 
 # Called as loss(outputs of the converted model, outputs of the dense one, batch); a scalar that has a gradient.
 DistillLoss = Callable[[Any, Any, Any], Tensor]
@@ -108,11 +108,11 @@ def _lesson(
     places, x = select_tokens(places, mask).flatten(), x.flatten(0, -2)
     if len(places) != len(error) or not len(error):
         return error.new_zeros(())
-    run = student.masked.get(ffn.mixed.name)
+    run = student.taught.get(ffn.mixed.name)
     if run is not None and run.chosen.shape[1] != router.num_experts:
         run = None  # experts of several widths run as units
     few = min(_ROUTED_TOKENS, _ROUTED_ROWS // router.num_experts)
-    taught = max(1, few if run is None else len(error) // _MASKED_SHARE)
+    taught = max(1, few if run is None else len(error) // _TAUGHT_SHARE)
     rows = torch.arange(0, len(error), -(-len(error) // taught), device=x.device)
     error, weight, places = error[rows], weight[rows], places[rows]
     logits = router.logits(x[places]).float()

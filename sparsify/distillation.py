@@ -259,7 +259,7 @@ def _step(
         [*hidden, *inputs],
         detach=hidden if through == "block" else (),
         rounds=True,
-        masks=True,
+        teaches=True,
     )
     with torch.enable_grad():
         outputs = student.run(*flat, enable_io_processing=False)

@@ -32,7 +32,7 @@ class _Padded(nn.Module):
 @pytest.mark.parametrize("widths", [None, (64, 64, 32, 32, 64)])
 def test_both_ways_teach_a_router_the_same(widths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: padding teaches nothing, and errors meet the tokens that they are of; also where widths differ."""
-    monkeypatch.setattr("sparsify.distill_losses._MASKED_SHARE", 1)
+    monkeypatch.setattr("sparsify.distill_losses._TAUGHT_SHARE", 1)
     monkeypatch.setattr("sparsify.distill_losses._ROUTED_TOKENS", 10**6)
     dense = _Padded().eval()
     batch = {"input_ids": torch.randint(0, 256, (4, 9)), "attention_mask": torch.ones(4, 9).tril(3).long()}
@@ -47,9 +47,9 @@ def test_both_ways_teach_a_router_the_same(widths: tuple[int, ...] | None, monke
     found: list[list[Tensor]] = []
     for masks in (False, True):
         inputs = [ffn.router_call.all_input_nodes[0].name for ffn in ffns]
-        student = TracingInterpreter(sparse, [*kept, *inputs], masks=masks)
+        student = TracingInterpreter(sparse, [*kept, *inputs], teaches=masks)
         student.run(*flat, enable_io_processing=False)
-        assert bool(student.masked) == masks
+        assert bool(student.taught) == masks
         found.append(
             [part for f in ffns for part in layer_losses(sparse, f, student, teacher.kept[f.hidden.name], call)]
         )

@@ -171,7 +171,7 @@ def test_routers_alone(
 ) -> None:
     """Protects: train="routers" leaves the experts alone; routers learn even where one token is all that is run."""
     monkeypatch.setattr("sparsify.distill_losses._ROUTED_ROWS", rows)
-    monkeypatch.setattr("sparsify.passes.training_graph.run_masked", lambda *_: None)
+    monkeypatch.setattr("sparsify.passes.training_graph.run_taught", lambda *_: None)
     sparse = SparseModel.load(folder)
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     distill(sparse, dense, batches, steps=5, train="routers")

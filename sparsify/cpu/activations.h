@@ -76,14 +76,19 @@ static void activate(float *z, int64_t n, int activation) {
     }
 }
 
-/* act'(z). */
-INLINE vf slope_of(vf z, int activation) {
+/* act(z), and act'(z) in `slope`. */
+INLINE vf with_slope(vf z, int activation, vf *slope) {
     const vf one = splat(1.0f);
-    if (activation == RELU) return where(z > splat(0.0f), one, splat(0.0f));
-    if (activation == SQUARED_RELU) return splat(2.0f) * at_least(z, 0.0f);
+    if (activation == RELU || activation == SQUARED_RELU) {
+        vf positive = at_least(z, 0.0f);
+        *slope = activation == RELU ? where(z > splat(0.0f), one, splat(0.0f)) : splat(2.0f) * positive;
+        return activation == RELU ? positive : positive * positive;
+    }
     if (activation == GELU) {
         vf tail = normal_tail(z), density = splat(0.3989422804014327f) * exponential(z * z * splat(-0.5f));
-        return where(z > splat(0.0f), one - tail, tail) + z * density;
+        vi positive = z > splat(0.0f);
+        *slope = where(positive, one - tail, tail) + z * density;
+        return where(positive, z - z * tail, z * tail);
     }
     vf u = z, steepness = one;
     if (activation == GELU_TANH) {
@@ -91,23 +96,23 @@ INLINE vf slope_of(vf z, int activation) {
         steepness = splat(1.5957691216057308f) + z * z * splat(0.21406443846f);
     }
     vf power = exponential(-u), sigmoid = one / (one + power); /* power * sigmoid: 1 - sigmoid, without cancellation */
-    return sigmoid + z * sigmoid * (power * sigmoid) * steepness;
+    *slope = sigmoid + z * sigmoid * (power * sigmoid) * steepness;
+    return z * sigmoid;
 }
 
 /* In place: `up` becomes the hidden values, `d` the gradient of what `up` was, and `gate`, if there is one, its gradient;
    d comes in as the gradient of the hidden values. n may be rounded up to whole vectors. */
 static void activate_backward(float *up, float *gate, float *d, int64_t n, int activation) {
-    float *acted = gate ? gate : up;
     for (int64_t i = 0; i < n; i += VL) {
-        vf z = loadf(acted + i), slope = slope_of(z, activation) * loadf(d + i);
-        activate(acted + i, VL, activation);
+        vf slope, acted = with_slope(loadf((gate ? gate : up) + i), activation, &slope), wanted = loadf(d + i);
         if (!gate) {
-            storef(d + i, slope);
+            storef(up + i, acted);
+            storef(d + i, wanted * slope);
             continue;
         }
-        vf hidden = loadf(up + i) * loadf(gate + i);
-        storef(d + i, loadf(d + i) * loadf(gate + i));
-        storef(gate + i, slope * loadf(up + i));
-        storef(up + i, hidden);
+        vf linear = loadf(up + i);
+        storef(up + i, acted * linear);
+        storef(gate + i, wanted * linear * slope);
+        storef(d + i, wanted * acted);
     }
 }
