@@ -68,9 +68,9 @@ def run_taught(x: Tensor, expert_ids: Tensor, experts: Experts) -> tuple[Tensor,
     by_expert = torch.zeros(len(x), len(experts.up_proj) + 1, dtype=torch.bool).scatter_(1, expert_ids + 1, value=True)
     chosen = by_expert[:, 1:]  # without the slots that are not used
     if skips:
-        # As the op sees that it is trained, it looks for no copy of the weights: bits must not depend on earlier calls.
-        trained = x if x.requires_grad else x.detach().requires_grad_()
-        y = moe_ffn(trained, x.new_ones(expert_ids.shape), expert_ids, *experts)
+        if any(part.requires_grad for part in experts[:6] if part is not None) and not x.requires_grad:
+            x = x.detach().requires_grad_()  # the op then keeps no copy of weights: bits must not depend on earlier calls
+        y = moe_ffn(x, x.new_ones(expert_ids.shape), expert_ids, *experts)
         return y, TaughtRun(x.detach(), None, chosen, experts)
     hidden = _all_hidden(x, experts)
     running = hidden.masked_fill(~chosen.unsqueeze(2), 0).flatten(1)
