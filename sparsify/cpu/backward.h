@@ -11,8 +11,8 @@
    task transposes its slice of up, which then stays in the cache. */
 
 typedef struct {
-    job j;          /* up and gate in rows; down as the block that it is for dy, or by neuron, in rows of outputs */
-    int64_t by_neuron;
+    job j;             /* up and gate in rows; down as the block that it is for dy, or by neuron, in rows of outputs */
+    int64_t by_neuron; /* so is d_down */
     const char *dy;
     int64_t dy_row;
     float *d_x, *d_routing, *d_up, *d_up_bias, *d_gate, *d_gate_bias, *d_down; /* contiguous, NULL: not needed */
@@ -155,6 +155,16 @@ static matrix down_of_slice(const gradients *g, const slice_memory *m, int64_t e
     return copy;
 }
 
+static void scaled(const float *from, float factor, int64_t n, float *to) {
+    for (int64_t i = 0; i < n; i++) to[i] = from[i] * factor;
+}
+
+static float dot(const float *a, const float *b, int64_t n) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 /* dz (and the same of the gate) and r h of all rows; the parts of dr. */
 static void rows_backward(gradients *g, const slice_memory *m, int64_t e, int64_t start, int64_t count, int64_t first,
                           int64_t neurons) {
@@ -175,17 +185,13 @@ static void rows_backward(gradients *g, const slice_memory *m, int64_t e, int64_
         if (g->d_routing) memcpy(unscaled, d, sizeof d);
         activate_backward(z, j->gate.data ? gate : NULL, d, rows * neurons, (int)j->activation);
         for (int64_t i = 0; i < rows; i++) {
-            int64_t pair = j->order[start + done + i], at = (start + done + i) * j->width + first;
-            float weight = weight_of(j, pair), product = 0.0f;
-            for (int64_t n = i * neurons; n < (i + 1) * neurons; n++) {
-                g->dz[at + n - i * neurons] = d[n] * weight;
-                m->weighted[(done + i) * neurons + n - i * neurons] = z[n] * weight;
-            }
-            if (j->gate.data)
-                for (int64_t n = 0; n < neurons; n++) g->d_gate_rows[at + n] = gate[i * neurons + n] * weight;
-            if (!g->d_routing) continue;
-            for (int64_t n = i * neurons; n < (i + 1) * neurons; n++) product += unscaled[n] * z[n];
-            g->d_routing[first / g->slice * j->tokens * j->slots + pair] = product;
+            int64_t pair = j->order[start + done + i], at = (start + done + i) * j->width + first, own = i * neurons;
+            float weight = weight_of(j, pair);
+            scaled(d + own, weight, neurons, g->dz + at);
+            scaled(z + own, weight, neurons, m->weighted + (done + i) * neurons);
+            if (j->gate.data) scaled(gate + own, weight, neurons, g->d_gate_rows + at);
+            if (g->d_routing)
+                g->d_routing[first / g->slice * j->tokens * j->slots + pair] = dot(unscaled + own, z + own, neurons);
         }
     }
 }
