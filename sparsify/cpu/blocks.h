@@ -23,7 +23,7 @@ typedef struct {
     float *z[TALL];
     float scale[TALL];
     const float *bias;
-    int64_t adds; /* to what is there; then all inputs are taken at once */
+    int64_t adds; /* to what is there */
 } sums;
 
 /* Of inputs `from` to `to`, rows <= TALL by vectors <= MOST_WIDE, the last with `last` outputs; they are `first` outputs
@@ -64,7 +64,7 @@ INLINE void tile_outputs(const float *const *a, const float *w, int64_t width, i
         UNROLL
         for (int v = 0; v < vectors; v++) {
             int64_t lanes = v < vectors - 1 ? VL : last;
-            if (adds) acc[i][v] += (vf)load_words(z[i] + v * VL, lanes);
+            if (adds && !from) acc[i][v] += (vf)load_words(z[i] + v * VL, lanes); /* after that it is in z */
             store_part(z[i] + v * VL, acc[i][v], lanes * 4);
         }
 }

@@ -34,8 +34,8 @@ _FINE, _BAD_EXPERT, _NO_MEMORY, _STALE = range(4)
 _SMALL = 1 << 18
 # Tests set it: memory that was never written is NaN.
 _poison = False
-# Hidden size, width, outputs, experts, top_k, tokens, gated: with rows in panels, rows left over and odd sizes.
-_CHECKS = ((37, 19, 23, 3, 2, 53, False), (32, 16, 32, 4, 1, 5, True))
+# Hidden size, width, outputs, experts, top_k, tokens, gated: rows in panels, rows left over, odd sizes, a wide expert.
+_CHECKS = ((37, 19, 23, 3, 2, 53, False), (32, 16, 32, 4, 1, 5, True), (40, 150, 33, 3, 2, 13, False))
 _BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
