@@ -69,7 +69,7 @@ def run_taught(x: Tensor, expert_ids: Tensor, experts: Experts) -> tuple[Tensor,
     chosen = by_expert[:, 1:]  # without the slots that are not used
     if skips:
         if any(part.requires_grad for part in experts[:6] if part is not None) and not x.requires_grad:
-            x = x.detach().requires_grad_()  # the op then keeps no copy of weights: bits must not depend on earlier calls
+            x = x.detach().requires_grad_()  # the op then keeps no copy of weights, and bits are those of any call
         y = moe_ffn(x, x.new_ones(expert_ids.shape), expert_ids, *experts)
         return y, TaughtRun(x.detach(), None, chosen, experts)
     hidden = _all_hidden(x, experts)

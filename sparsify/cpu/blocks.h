@@ -23,7 +23,7 @@ typedef struct {
     float *z[TALL];
     float scale[TALL];
     const float *bias;
-    int64_t adds; /* to what is there */
+    int64_t adds; /* to what is there; then all inputs are taken at once */
 } sums;
 
 /* Of inputs `from` to `to`, rows <= TALL by vectors <= MOST_WIDE, the last with `last` outputs; they are `first` outputs
@@ -64,7 +64,7 @@ INLINE void tile_outputs(const float *const *a, const float *w, int64_t width, i
         UNROLL
         for (int v = 0; v < vectors; v++) {
             int64_t lanes = v < vectors - 1 ? VL : last;
-            if (adds && !from) acc[i][v] += (vf)load_words(z[i] + v * VL, lanes); /* after that it is in z */
+            if (adds) acc[i][v] += (vf)load_words(z[i] + v * VL, lanes);
             store_part(z[i] + v * VL, acc[i][v], lanes * 4);
         }
 }
@@ -150,7 +150,7 @@ static void product_outputs(const float *const *a, int64_t rows, const matrix *m
     const float *w = (const float *)block + first % width;
     fetch next = to_fetch(now, block, next_block, inner, m->row);
     if (width == HALF && outputs == HALF) return half_block(a, rows, w, inner, next, s);
-    int64_t part = outputs <= wide ? inner : INPUTS_AT_ONCE, from = 0;
+    int64_t part = outputs <= wide || s->adds ? inner : INPUTS_AT_ONCE, from = 0;
     do {
         for (int64_t n = 0; n < outputs; n += wide) {
             fetch beside = {next.at + n * 4, next.step};

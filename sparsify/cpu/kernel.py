@@ -117,11 +117,11 @@ def _call(
     weights, ids = weights.contiguous(), expert_ids.contiguous()
     size = x.element_size()
     y = x.new_empty((num_tokens, outputs))
-    small = num_tokens * top_k * width * (hidden_size + outputs) < _SMALL
+    threads = _threads(kernel, num_tokens * top_k * width * (hidden_size + outputs))
     packed = _PACK(
         x.data_ptr(), x.stride(0) * size, weights.data_ptr(), ids.data_ptr(), y.data_ptr(),
         num_tokens, hidden_size, width, outputs, num_experts, top_k,
-        ACTIVATION_NUMBERS[experts.activation], size == 2, 1 if small else torch.get_num_threads(), _poison,
+        ACTIVATION_NUMBERS[experts.activation], size == 2, threads, _poison,
         kernel.parallel, kernel.barrier,
         *matrices_of(blocks or experts, size), blocks is not None, 0, 0,
         *(matrices_of(source, size) if blocks and source else NO_MATRICES),
@@ -149,13 +149,18 @@ def _call_backward(
 ) -> list[Tensor]:  # fmt: skip
     assert kernel.backward is not None
     num_experts, width, hidden_size = experts.up_proj.shape
-    small = expert_ids.numel() * width * hidden_size < _SMALL
+    threads = _threads(kernel, expert_ids.numel() * width * hidden_size)
     status, grads = call_backward(
         kernel.backward, grad, x, routing_weights, expert_ids, experts, needs,
-        threads=1 if small else torch.get_num_threads(), parallel=kernel.parallel, poison=_poison,
+        threads=threads, parallel=kernel.parallel, poison=_poison,
     )  # fmt: skip
     _require_fine(status, expert_ids, num_experts)
     return grads
+
+
+def _threads(kernel: _Kernel, operations: int) -> int:
+    """On how many to run, which is one where there is nothing to run on others with."""
+    return torch.get_num_threads() if kernel.parallel and operations >= _SMALL else 1
 
 
 def _require_fine(status: int, ids: Tensor, num_experts: int) -> None:
