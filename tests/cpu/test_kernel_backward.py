@@ -104,6 +104,14 @@ def test_down_by_neuron(make_layer: MakeLayer, require_exact: Check, needs_of: N
         assert found[7].stride() == by_neuron.stride()
 
 
+@pytest.mark.usefixtures("poison")
+def test_an_expert_in_two_slots_of_a_token(make_layer: MakeLayer, require_exact: Check, needs_of: Needs) -> None:
+    """Protects: both rows add to the gradient of the token, also where an expert is wide."""
+    x, weights, ids, experts = make_layer(13, 40, 150, 33, 3, 2, gated=True)
+    layer, grad = (x, weights, ids[:, :1].expand(13, 2), experts), torch.randn(13, 33)
+    require_exact(kernel.run_backward(grad, *layer, needs_of(experts)), grad, layer, BOUND)
+
+
 def test_strided_weights(make_layer: MakeLayer, require_exact: Check, needs_of: Needs) -> None:
     """Protects: views of the weights of a dense layer."""
     x, weights, ids, experts = make_layer(20, 16, 8, 12, 4, 2)
