@@ -284,7 +284,7 @@ static void take_rows_of_x(void *data) {
 }
 
 static void in_threads(void (*run)(void *), gradients *g, int64_t threads, parallel_function parallel) {
-    g->next = g->arrived = 0;
+    g->next = 0;
     if (threads > 1) parallel(run, g, (unsigned)threads, 0);
     else run(g);
 }
