@@ -38,7 +38,7 @@ from sparsify.kernels.pairs import sort_pairs
 from sparsify.ops import moe_ffn
 
 _TOKENS = (1, 4, 16, 64, 256, 1024)
-_TRAINABLE = ("dense", "loop", "HF grouped_mm", "grouped_mm", "ours")
+_TRAINABLE = ("loop", "HF grouped_mm", "grouped_mm", "ours")  # beside dense
 _VARIANTS = 16  # of tokens and routing
 _BATCHED_MM_TOKENS = 16  # it copies the weights for every pair: beyond, it takes seconds
 Column = Callable[[Tensor, Tensor, Tensor], Tensor]
