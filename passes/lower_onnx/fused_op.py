@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tape import Tape
 
-from sparsify.cpu.blocks import in_blocks
+from sparsify.cpu.blocks import in_blocks, stay_in_rows
 from sparsify.passes.lower_onnx.expert_region import ExpertRegion, is_linear
 from sparsify.passes.lower_onnx.fused_router import lower_router
 from sparsify.passes.lower_onnx.values import dtype_of, input_of, optional_input, packed, stored
@@ -36,7 +36,7 @@ def lower_fused_op(region: ExpertRegion) -> None:
     linears = sorted(filter(is_linear, region.inner), key=lambda node: node.attributes["gate"].as_int())
     projections = [value for node in linears for value in _projection(tape, region.graph, node)]
     gate = [None] * (4 - len(projections))
-    down, down_bias = _projection(tape, region.graph, region.down)
+    down, down_bias = _in_blocks(tape, region.graph, region.down)
     if down_bias is None:
         down_bias = _zero_bias(tape, region.graph, input_of(region.down, 1))
     weights = None if region.unit_weights else _in_fp32(tape, input_of(region.combine, 1))
@@ -81,7 +81,14 @@ def _take_sum(y: ir.Value) -> None:
 
 
 def _projection(tape: Tape, graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Value | None]:
-    """The weight of an `ExpertLinear` in blocks, and its bias."""
+    """The weight of an `ExpertLinear` before the activation, in blocks or as it is, and its bias."""
+    weight = input_of(node, 1)
+    if stay_in_rows(stored(weight).shape[1]):
+        return weight, optional_input(node, 2)
+    return _in_blocks(tape, graph, node)
+
+
+def _in_blocks(tape: Tape, graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Value | None]:
     weight = input_of(node, 1)
     blocks = in_blocks(torch.from_numpy(stored(weight))).numpy()
     return packed(tape, graph, f"{weight.name}.in_blocks", blocks, dtype_of(weight)), optional_input(node, 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.cpu import kernel
 from sparsify.cpu.backward import few_and_narrow
-from sparsify.cpu.blocks import in_blocks
+from sparsify.cpu.blocks import in_blocks, stay_in_rows
 from sparsify.cpu.experts import Experts as Weights
 from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.passes.activation import name_activation
@@ -65,8 +65,9 @@ class _RunChosen(torch.autograd.Function):
         weights = Weights(up, up_bias, gate, gate_bias, down.transpose(1, 2), None, activation)
         ctx.save_for_backward(x, ids, *weights[:5])
         ctx.activation = activation
-        wide = None if gate is None else in_blocks(gate)
-        blocks = weights._replace(up_proj=in_blocks(up), gate_proj=wide, down_proj=down.unsqueeze(1))
+        blocks = weights._replace(down_proj=down.unsqueeze(1))
+        if not stay_in_rows(up.shape[1]):
+            blocks = blocks._replace(up_proj=in_blocks(up), gate_proj=None if gate is None else in_blocks(gate))
         return kernel.run(x, x.new_ones(ids.shape), ids, weights, blocks, new=True)
 
     @staticmethod

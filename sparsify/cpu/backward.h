@@ -8,7 +8,7 @@
    order that depends on the shapes only: the result is the same bits with any number of threads.
 
    These products read weights as blocks [inputs][outputs] (blocks.h). That is how down lies for a, and up for dx; for z a
-   task transposes its slice of up, which then stays in the cache. */
+   task transposes its slice of up, which then stays in the cache. Few neurons are read in rows: then it transposes down. */
 
 typedef struct {
     job j;             /* up and gate in rows; down as the block that it is for dy, or by neuron, in rows of outputs */
@@ -101,10 +101,15 @@ typedef struct {
     const float **x, **dy, **copied;
 } slice_memory;
 
+/* Whether rows of x and dy meet weights in rows: to broadcast them would take a load for each of few products. */
+static int meet_in_rows(int64_t neurons) {
+    return neurons <= MOST_IN_ROWS && neurons % 4 == 0;
+}
+
 static slice_memory memory_of(const gradients *g, char *at) {
     int64_t weights = g->j.inner * g->slice * 4;
     slice_memory m = {.up = (float *)cut(&at, weights), .gate = (float *)cut(&at, g->j.gate.data ? weights : 0)};
-    m.down = (float *)cut(&at, g->slices > 1 || g->by_neuron ? g->j.outputs * g->slice * 4 : 0);
+    m.down = (float *)cut(&at, g->slices > 1 || g->by_neuron || meet_in_rows(g->slice) ? g->j.outputs * g->slice * 4 : 0);
     m.weighted = (float *)cut(&at, g->most_rows * g->slice * 4);
     m.block = (float *)cut(&at, g->slice * OUTER_COLUMNS * 4);
     m.columns = (float *)cut(&at, g->slice > OUTER_ROWS ? g->most_rows * OUTER_COLUMNS * 4 : 0);
@@ -134,25 +139,39 @@ static void outer_products(const slice_memory *m, const float *left, int64_t lef
     outer_columns(left, left_row, neurons, m->copied, count, 0, columns, to, to_row);
 }
 
-static void transposed_slice(const matrix *m, int64_t expert, int64_t first, int64_t neurons, int64_t inner, float *to) {
-    const char *rows = m->data + expert * m->expert + first * m->row;
-    transposed((const float *)rows, m->row / 4, neurons, inner, to, neurons);
+/* up or gate of a slice, as rows [neurons][inner] or, in `own`, as a block [inner][neurons]. */
+static matrix projection_of_slice(const job *j, const matrix *m, int64_t e, int64_t first, int64_t neurons, float *own) {
+    const char *rows = m->data + e * m->expert + first * m->row;
+    if (meet_in_rows(neurons) || !m->data) return (matrix){.data = rows, .row = m->row};
+    transposed((const float *)rows, m->row / 4, neurons, j->inner, own, neurons);
+    return (matrix){.data = (const char *)own, .row = neurons * 4};
 }
 
-/* down as blocks [outputs][neurons], copied where it is read for many rows. */
+/* down of a slice, as rows [neurons][outputs] or as a block [outputs][neurons], copied where it is read for many rows. */
 static matrix down_of_slice(const gradients *g, const slice_memory *m, int64_t e, int64_t first, int64_t neurons,
                             int64_t count) {
-    const job *j = &g->j;
-    matrix copy = {.data = (const char *)m->down, .row = neurons * 4};
-    if (g->by_neuron) {
-        transposed_slice(&j->down, e, first, neurons, j->outputs, m->down);
-        return copy;
-    }
-    const char *from = j->down.data + e * j->down.expert + first * 4;
-    if (g->slices == 1 || count <= 2 * TALL) return (matrix){.data = from, .row = j->down.row};
-    for (int64_t o = 0; o < j->outputs; o++)
-        memcpy(m->down + o * neurons, from + o * j->down.row, (size_t)neurons * 4);
+    const matrix *all = &g->j.down;
+    int64_t outputs = g->j.outputs, in_rows = meet_in_rows(neurons), own_row = in_rows ? outputs : neurons;
+    const char *from = all->data + e * all->expert + first * (g->by_neuron ? all->row : 4);
+    matrix copy = {.data = (const char *)m->down, .row = own_row * 4}, lies = {.data = from, .row = all->row};
+    if (in_rows == g->by_neuron && (in_rows || g->slices == 1 || count <= 2 * TALL)) return lies;
+    if (g->by_neuron) transposed((const float *)from, all->row / 4, neurons, outputs, m->down, own_row);
+    else if (in_rows) transposed((const float *)from, all->row / 4, outputs, neurons, m->down, own_row);
+    else
+        for (int64_t o = 0; o < outputs; o++)
+            memcpy(m->down + o * own_row, from + o * all->row, (size_t)neurons * 4);
     return copy;
+}
+
+/* z [rows][neurons] = a w^T + bias, for rows <= TALL and what the two above return. */
+static void slice_products(const float *const *a, int64_t rows, const matrix *w, int64_t neurons, int64_t inner,
+                           turn now, const float *bias, float *z) {
+    if (!meet_in_rows(neurons)) {
+        sums into = plain_sums(z, neurons, bias);
+        product_outputs(a, rows, w, 0, 0, neurons, inner, now, NULL, &into);
+        return;
+    }
+    product_of_rows((const char *const *)a, rows, w->data, w->row, neurons, inner, bias, z, neurons);
 }
 
 static void scaled(const float *from, float factor, int64_t n, float *to) {
@@ -170,18 +189,16 @@ static void rows_backward(gradients *g, const slice_memory *m, int64_t e, int64_
                           int64_t neurons) {
     const job *j = &g->j;
     float z[TALL * OUTPUTS] = {0}, gate[TALL * OUTPUTS] = {0}, d[TALL * OUTPUTS] = {0}, unscaled[TALL * OUTPUTS];
-    matrix up = {.data = (const char *)m->up, .row = neurons * 4}, gated = up;
+    matrix up = projection_of_slice(j, &j->up, e, first, neurons, m->up);
+    matrix gated = projection_of_slice(j, &j->gate, e, first, neurons, m->gate);
     matrix down = down_of_slice(g, m, e, first, neurons, count);
-    gated.data = (const char *)m->gate;
-    sums into_z = plain_sums(z, neurons, bias_of(&j->up, e, first));
-    sums into_gate = plain_sums(gate, neurons, bias_of(&j->gate, e, first));
-    sums into_d = plain_sums(d, neurons, NULL);
+    const float *bias = bias_of(&j->up, e, first), *gate_bias = bias_of(&j->gate, e, first);
     turn now = {0, parts_of(count, TALL)};
     for (int64_t done = 0, rows; done < count; done += rows, now.number++) {
         rows = rows_of_turn(now, count - done);
-        product_outputs(m->x + done, rows, &up, 0, 0, neurons, j->inner, now, NULL, &into_z);
-        if (j->gate.data) product_outputs(m->x + done, rows, &gated, 0, 0, neurons, j->inner, now, NULL, &into_gate);
-        product_outputs(m->dy + done, rows, &down, 0, 0, neurons, j->outputs, now, NULL, &into_d);
+        slice_products(m->x + done, rows, &up, neurons, j->inner, now, bias, z);
+        if (j->gate.data) slice_products(m->x + done, rows, &gated, neurons, j->inner, now, gate_bias, gate);
+        slice_products(m->dy + done, rows, &down, neurons, j->outputs, now, NULL, d);
         if (g->d_routing) memcpy(unscaled, d, sizeof d);
         activate_backward(z, j->gate.data ? gate : NULL, d, rows * neurons, (int)j->activation);
         for (int64_t i = 0; i < rows; i++) {
@@ -217,11 +234,7 @@ static void slice_backward(gradients *g, int64_t task, char *own) {
         m.x[p] = (const float *)x_of(j, start + p);
         m.dy[p] = (const float *)(g->dy + j->order[start + p] / j->slots * g->dy_row);
     }
-    if (count) {
-        transposed_slice(&j->up, e, first, neurons, j->inner, m.up);
-        if (j->gate.data) transposed_slice(&j->gate, e, first, neurons, j->inner, m.gate);
-        rows_backward(g, &m, e, start, count, first, neurons);
-    }
+    if (count) rows_backward(g, &m, e, start, count, first, neurons);
     int64_t at = start * j->width + first;
     projection_backward(g, &m, g->dz + at, count, neurons, g->d_up ? g->d_up + neuron * j->inner : NULL,
                         g->d_up_bias ? g->d_up_bias + neuron : NULL);
@@ -258,6 +271,18 @@ static int64_t position_of(const job *j, int64_t from, int64_t to, int64_t pair)
     return from;
 }
 
+/* dx of the tokens of some pairs of an expert with FEW_INPUTS neurons. */
+static void add_few(const job *j, const segment *s) {
+    int64_t places[MOST_TOKENS];
+    passing r = {.hidden_row = j->width, .places = places, .z = (float *)j->y, .z_row = j->outputs};
+    for (int64_t done = 0; done < s->rows; done += r.rows) {
+        r.rows = least(s->rows - done, MOST_TOKENS);
+        r.hidden = (const float *)j->hidden_rows + (s->row + done) * j->width;
+        for (int64_t p = 0; p < r.rows; p++) places[p] = j->order[s->first + done + p] / j->slots;
+        pass_block(&r, (const float *)(j->down.data + s->expert * j->down.expert), j->down.row / 4, NULL, j->outputs, NULL);
+    }
+}
+
 /* dx of some tokens, by the product of `down` with other names. */
 static void add_to_x(const gradients *g, const matrix *weights, const float *d_rows, int64_t first, int64_t last) {
     job j = g->j;
@@ -268,7 +293,8 @@ static void add_to_x(const gradients *g, const matrix *weights, const float *d_r
         int64_t from = position_of(&j, e ? g->ends[e - 1] : 0, g->ends[e], first * j.slots);
         segment s = {.expert = e, .first = from, .row = from};
         s.rows = position_of(&j, from, g->ends[e], last * j.slots) - from;
-        if (s.rows) down_block(&j, &s, 0);
+        if (s.rows && j.width == FEW_INPUTS) add_few(&j, &s);
+        else if (s.rows) down_block(&j, &s, 0);
     }
 }
 

@@ -5,6 +5,7 @@
 #define OUTPUTS 64         /* of a block at a time */
 #define INPUTS_AT_ONCE 128 /* where a block is wider than a tile: all its tiles go over so many before the next */
 #define MOST_WIDE 4        /* vectors of a tile with few rows */
+#define MOST_IN_ROWS 16    /* neurons of an expert whose projections may lie in rows */
 #define BYTES_AHEAD 8192   /* between what is computed and what is fetched, where a block is read once */
 
 /* What a tile fetches beside its own work: a line for every vector of weights, `step` bytes further with each input. */
@@ -229,7 +230,43 @@ static void down_outputs(job *j, const segment *s, int64_t first, int64_t output
     }
 }
 
+/* z [rows][z_row] = a w^T + bias, with weights in rows as well. */
+static void product_of_rows(const char *const *a, int64_t rows, const char *w, int64_t stride, int64_t outputs,
+                            int64_t inner, const float *bias, float *z, int64_t z_row) {
+    product_rows(a, rows, w, stride, outputs, inner, 0, z, z_row);
+    for (int64_t i = 0; bias && i < rows; i++)
+        for (int64_t n = 0; n < outputs; n++) z[i * z_row + n] += bias[n];
+}
+
+/* Few neurons, whose weights lie in rows: to broadcast what they read would take a load for each of their products. */
+static void up_rows_of_few(job *j, const segment *s) {
+    float z[TILE_ROWS * MOST_IN_ROWS] = {0}, gate[TILE_ROWS * MOST_IN_ROWS] = {0};
+    const matrix *weights[2] = {&j->up, &j->gate};
+    float *results[2] = {z, gate};
+    int64_t z_row = round_up(j->width, 4);
+    int gated = j->gate.data != NULL;
+    turn now = {0, parts_of(s->rows, TILE_ROWS)};
+    for (int64_t done = 0, rows; done < s->rows; done += rows, now.number++) {
+        const char *a[TILE_ROWS];
+        rows = rows_of_turn(now, s->rows - done);
+        for (int64_t i = 0; i < rows; i++) a[i] = x_of(j, s->first + done + i);
+        for (int m = 0; m <= gated; m++) {
+            const char *w = weights[m]->data + s->expert * weights[m]->expert;
+            const float *bias = bias_of(weights[m], s->expert, 0);
+            product_of_rows(a, rows, w, weights[m]->row, j->width, j->inner, bias, results[m], z_row);
+        }
+        activate(gated ? gate : z, rows * z_row, (int)j->activation);
+        for (int64_t i = 0; i < rows; i++) {
+            float *to = (float *)(j->hidden_rows + (s->row + done + i) * j->hidden_row);
+            float weight = weight_of(j, j->order[s->first + done + i]);
+            for (int64_t n = 0; n < j->width; n++)
+                to[n] = (gated ? z[i * z_row + n] * gate[i * z_row + n] : z[i * z_row + n]) * weight;
+        }
+    }
+}
+
 static void up_block(job *j, const segment *s, int64_t number) {
+    if (j->up_in_rows) return up_rows_of_few(j, s);
     int64_t width = j->up.row / 4, end = least((number + 1) * width, j->width);
     for (int64_t n = number * width; n < end; n += OUTPUTS) up_outputs(j, s, n, least(end - n, OUTPUTS));
 }

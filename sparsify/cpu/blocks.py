@@ -11,6 +11,7 @@ from sparsify.cpu import packed
 from sparsify.cpu.experts import Experts
 
 _MOST = 64  # outputs of a block: four vectors of AVX-512
+_MOST_IN_ROWS = 16  # MOST_IN_ROWS in blocks.h
 
 
 def in_blocks(weight: Tensor) -> Tensor:
@@ -30,8 +31,13 @@ def in_blocks(weight: Tensor) -> Tensor:
     return weight.unflatten(1, (blocks, size)).transpose(2, 3).contiguous()
 
 
+def stay_in_rows(width: int) -> bool:
+    """Whether the kernel reads up_proj and gate_proj of experts of `width` neurons as they lie, and not `in_blocks`."""
+    return width <= _MOST_IN_ROWS
+
+
 def experts_in_blocks(experts: Experts) -> Experts:
-    """All weights `in_blocks`."""
+    """All weights `in_blocks`, but for projections that `stay_in_rows`."""
     return _laid_out(experts, in_blocks)
 
 
@@ -44,9 +50,7 @@ def kept_blocks(experts: Experts) -> Experts | None:
 
 
 def _laid_out(experts: Experts, layout: Callable[[Tensor], Tensor]) -> Experts:
-    gate = experts.gate_proj
-    return experts._replace(
-        up_proj=layout(experts.up_proj),
-        gate_proj=None if gate is None else layout(gate),
-        down_proj=layout(experts.down_proj),
-    )
+    up, gate = experts.up_proj, experts.gate_proj
+    if not stay_in_rows(up.shape[1]):
+        up, gate = layout(up), None if gate is None else layout(gate)
+    return experts._replace(up_proj=up, gate_proj=gate, down_proj=layout(experts.down_proj))

@@ -16,10 +16,8 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-SOURCES = (
-    "moe_ffn.c", "phases.h", "blocks.h", "by_tokens.h", "scratch.h", "job.h", "products.h", "activations.h", "vector.h",
-    "backward.h", "route.h", "onnx_api.h", "onnx_moe.h", "onnx_route.h",
-)  # fmt: skip
+_FOLDER = Path(__file__).parent
+SOURCES = sorted(path.name for path in _FOLDER.glob("*.[ch]"))  # a change of any makes another library
 # -fopenmp is missing on purpose: it would bring a second OpenMP runtime into the process, or that of another compiler.
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 # The first that the compiler takes. GCC and Clang name the machine's own processor differently on ARM.
@@ -87,13 +85,13 @@ def processor() -> str:
 
 def _fingerprint(compiler: list[str]) -> str:
     version = _run([*compiler, "--version"])
-    texts = [(Path(__file__).parent / name).read_text() for name in SOURCES]
+    texts = [(_FOLDER / name).read_text() for name in SOURCES]
     parts = [*texts, *compiler, version, *FLAGS, processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: list[str], target: Path) -> Path:
-    source = Path(__file__).parent / SOURCES[0]
+    source = _FOLDER / "moe_ffn.c"
     failures: list[str] = []
     for machine in TARGETS:
         try:

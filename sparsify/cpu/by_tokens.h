@@ -27,20 +27,45 @@ static segment rows_of_expert(int64_t expert, const int64_t *ends) {
     return (segment){.expert = expert, .first = first, .row = first, .rows = ends[expert] - first};
 }
 
+static void down_passing(const job *j, const segment *s, int64_t number) {
+    int64_t width = j->down.row / 4, first = number * width;
+    passing r = {
+        .hidden = (const float *)(j->hidden_rows + s->row * j->hidden_row),
+        .hidden_row = j->hidden_row / 4,
+        .rows = s->rows,
+        .places = j->tokens_in_order + s->first,
+        .scales = j->weights_in_order + s->first,
+        .z = (float *)j->y + first,
+        .z_row = j->outputs,
+    };
+    const float *w = (const float *)block_at(&j->down, s->expert, number, j->width);
+    pass_block(&r, w, width, bias_of(&j->down, s->expert, first), least(j->outputs - first, width), j->after);
+}
+
+static void list_in_order(job *j, int64_t pairs) {
+    for (int64_t p = 0; p < pairs; p++) {
+        j->tokens_in_order[p] = j->order[p] / j->slots;
+        j->weights_in_order[p] = weight_of(j, j->order[p]);
+    }
+}
+
 /* Hidden values of all experts, then one block of outputs after another, whose part of y stays in the nearest cache. */
 static void all_experts(job *j, const int64_t *ends) {
+    int few = j->width == FEW_INPUTS;
     j->takers = 1;
     for (int64_t e = 0; e < j->experts; e++) {
         segment s = rows_of_expert(e, ends);
         j->after = e + 1 < j->experts ? block_at(&j->up, e + 1, 0, j->inner) : NULL;
         for (int64_t b = 0; s.rows && b < up_blocks(j); b++) up_block(j, &s, b);
     }
+    if (few) list_in_order(j, ends[j->experts - 1]);
     j->takers = down_blocks(j); /* what follows a block is that of the next expert */
     for (int64_t b = 0; b < down_blocks(j); b++)
         for (int64_t e = 0; e < j->experts; e++) {
             segment s = rows_of_expert(e, ends);
             j->after = e + 1 < j->experts ? block_at(&j->down, e + 1, b, j->width) : NULL;
-            if (s.rows) down_block(j, &s, b);
+            if (s.rows && few) down_passing(j, &s, b);
+            else if (s.rows) down_block(j, &s, b);
         }
 }
 
@@ -50,6 +75,8 @@ static void take_tokens(void *data) {
     int64_t *ends = shared->ends + thread * (j.experts + 1), task;
     j.order = shared->order + thread * j.tokens_of_task * j.slots;
     j.hidden_rows = shared->hidden_rows + thread * j.tokens_of_task * j.slots * j.hidden_row;
+    j.tokens_in_order = shared->tokens_in_order + thread * j.tokens_of_task * j.slots;
+    j.weights_in_order = shared->weights_in_order + thread * j.tokens_of_task * j.slots;
     j.by_tokens = 1;
     while ((task = __atomic_fetch_add(&shared->next[0], 1, __ATOMIC_RELAXED)) < j.tasks[0]) {
         int64_t first = task * j.tokens_of_task, last = least(first + j.tokens_of_task, j.tokens);
@@ -71,12 +98,15 @@ static int run_by_tokens(job *j, int64_t threads, int64_t poison, parallel_funct
     j->hidden_row = round_up(j->width * 4, 64);
     int64_t pairs = threads * j->tokens_of_task * j->slots; /* a token may name one expert in each of its slots */
     int64_t ends_bytes = threads * (j->experts + 1) * 8, hidden_bytes = pairs * j->hidden_row;
-    char *scratch = take(64 + hidden_bytes + round_up(pairs * 8, 64) + round_up(ends_bytes, 64)); /* 64 for its size */
+    int64_t bytes = hidden_bytes + 2 * round_up(pairs * 8, 64) + round_up(pairs * 4, 64) + round_up(ends_bytes, 64);
+    char *scratch = take(64 + bytes); /* 64 for its size */
     if (!scratch) return NO_MEMORY;
     char *at = scratch + 64;
     j->hidden_rows = cut(&at, hidden_bytes);
     j->order = (int64_t *)cut(&at, pairs * 8);
     j->ends = (int64_t *)cut(&at, ends_bytes);
+    j->tokens_in_order = (int64_t *)cut(&at, pairs * 8);
+    j->weights_in_order = (float *)cut(&at, pairs * 4);
     if (poison) memset(j->hidden_rows, 0xff, (size_t)hidden_bytes);
     if (threads > 1) parallel(take_tokens, j, (unsigned)threads, 0);
     else take_tokens(j);

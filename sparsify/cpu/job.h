@@ -35,6 +35,7 @@ typedef struct {
     matrix up_source, gate_source, down_source; /* what the blocks are a copy of, or without data */
     char *y;
     int64_t tokens, inner, width, outputs, experts, slots, activation, bf16, in_blocks;
+    int64_t up_in_rows; /* beside blocks: up and gate of experts with few neurons lie as they are */
     void (*barrier)(void);
     int64_t *order;                /* sorted position -> pair */
     int64_t *by_expert, *num_used; /* in blocks: the pairs of each token by expert [tokens][slots], and how many */
@@ -47,6 +48,8 @@ typedef struct {
     const char *after; /* what a thread is likely to read after the last block of a segment, or NULL */
     int64_t takers;    /* threads that share the blocks of a segment */
     int64_t by_tokens, tokens_of_task, *ends, status; /* see by_tokens.h */
+    int64_t *tokens_in_order; /* of each sorted position, and its routing weight: see few_inputs.h */
+    float *weights_in_order;
     int64_t whole, phase, arrived, next[PHASES], tasks[PHASES];
 } job;
 
@@ -83,7 +86,7 @@ static int64_t parts_of(int64_t whole, int64_t part) {
 }
 
 static int64_t up_blocks(const job *j) {
-    return parts_of(j->width, block_of(j, &j->up));
+    return j->up_in_rows ? 1 : parts_of(j->width, block_of(j, &j->up));
 }
 
 static int64_t down_blocks(const job *j) {

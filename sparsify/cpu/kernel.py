@@ -28,14 +28,17 @@ from sparsify.kernels.reference import moe_ffn_backward_reference, moe_ffn_refer
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_PACK = struct.Struct("50q").pack
+_PACK = struct.Struct("51q").pack
 _FINE, _BAD_EXPERT, _NO_MEMORY, _STALE = range(4)
 # Below so many operations a second thread costs more than it saves.
 _SMALL = 1 << 18
 # Tests set it: memory that was never written is NaN.
 _poison = False
-# Hidden size, width, outputs, experts, top_k, tokens, gated: rows in panels, rows left over, odd sizes, a wide expert.
-_CHECKS = ((37, 19, 23, 3, 2, 53, False), (32, 16, 32, 4, 1, 5, True), (40, 150, 33, 3, 2, 13, False))
+# Hidden size, width, outputs, experts, top_k, tokens, gated: panels, rows left, odd sizes, a wide expert, a narrow one
+_CHECKS = (
+    (37, 19, 23, 3, 2, 53, False), (32, 16, 32, 4, 1, 5, True), (40, 150, 33, 3, 2, 13, False),
+    (40, 8, 35, 6, 3, 53, True),
+)  # fmt: skip
 _BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -125,6 +128,7 @@ def _call(
         kernel.parallel, kernel.barrier,
         *matrices_of(blocks or experts, size), blocks is not None, 0, 0,
         *(matrices_of(source, size) if blocks and source else NO_MATRICES),
+        blocks is not None and blocks.up_proj.dim() == experts.up_proj.dim(),
     )  # fmt: skip
     assert kernel.call is not None
     _require_fine(kernel.call(packed), ids, num_experts)

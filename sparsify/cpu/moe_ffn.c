@@ -32,6 +32,8 @@
 
 #include "scratch.h"
 
+#include "few_inputs.h"
+
 #include "by_tokens.h"
 
 static void (*const phases[PHASES])(job *, int64_t) = {pack, up, down, combine};
@@ -198,7 +200,7 @@ static matrix matrix_at(const int64_t *a) {
     return (matrix){(const char *)(intptr_t)a[0], a[1], a[2], (const char *)(intptr_t)a[3], a[4]};
 }
 
-#define NUMBERS 50
+#define NUMBERS 51
 
 /* `a` [NUMBERS] is what sparsify/cpu/kernel.py packs, in the same order; pointers are numbers, strides count bytes. */
 int sparsify_moe_ffn(const int64_t *a) {
@@ -226,7 +228,9 @@ int sparsify_moe_ffn(const int64_t *a) {
         .up_source = matrix_at(a + 35),
         .gate_source = matrix_at(a + 40),
         .down_source = matrix_at(a + 45),
+        .up_in_rows = a[50],
     };
+    if (j.up_in_rows) j.up_source.data = j.gate_source.data = NULL; /* they are their own source */
     if (goes_by_tokens(&j, a[13])) return run_by_tokens(&j, a[13], a[14], (parallel_function)(intptr_t)a[15]);
     int64_t chunk = j.experts * SEGMENT_PANELS * VL;
     /* Each chunk reads all weights again: larger ones where their results stay small. */

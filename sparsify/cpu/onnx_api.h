@@ -153,9 +153,17 @@ static int64_t address(const void *pointer) {
     return (int64_t)(intptr_t)pointer;
 }
 
+/* Few rows of inputs for all experts, as they are. */
+static int has_rows(const onnx_tensor *t, int64_t experts, int64_t inputs, int64_t outputs) {
+    if (t->rank != 3 || outputs > MOST_IN_ROWS) return 0;
+    return t->dims[0] == experts && t->dims[1] == outputs && t->dims[2] == inputs;
+}
+
+/* In blocks [E, B, inputs, b], in rows [E, outputs, inputs], or left out. */
 static void put_matrix(int64_t *a, const onnx_tensor *weight, const onnx_tensor *bias) {
-    int64_t row = weight->dims[3] * 4;
-    a[0] = address(weight->data), a[1] = weight->dims[1] * weight->dims[2] * row, a[2] = row;
+    int64_t in_blocks = weight->rank == 4, row = weight->dims[in_blocks ? 3 : 2] * 4;
+    int64_t rows = weight->dims[1] * (in_blocks ? weight->dims[2] : 1);
+    a[0] = address(weight->data), a[1] = rows * row, a[2] = row;
     a[3] = address(bias->data), a[4] = bias->dims[1] * 4;
 }
 

@@ -1,12 +1,13 @@
 /* The op ai.sparsify::MoE for onnxruntime on the CPU.
 
      x [T, D], expert_ids [T, K] int64, routing_weights [T, K] or none for ones,
-     up_proj [E, B, D, b], up_bias [E, M] or none, gate_proj, gate_bias likewise or none, down_proj [E, C, M, c],
-     down_bias [E, N] or none, bias [N] or none, added [T, N] or none  ->  y [T, N], with what is added to the sum;
+     up_proj [E, B, D, b] or [E, M, D], up_bias [E, M] or none, gate_proj, gate_bias likewise or none,
+     down_proj [E, C, M, c], down_bias [E, N] or none, bias [N] or none, added [T, N] or none
+       ->  y [T, N], with what is added to the sum;
      all but the ids in fp32, expert_ids in [-1, E), -1 for an unused slot
 
    Weights lie in blocks: neuron n is [:, n / b, :, n % b], and the last block may have more than are needed. N is C * c
-   where there is no down_bias. */
+   where there is no down_bias. up_proj and gate_proj of up to MOST_IN_ROWS neurons lie in blocks or as they are. */
 
 enum { X, IDS, ROUTING, UP, UP_BIAS, GATE, GATE_BIAS, DOWN, DOWN_BIAS, BIAS, ADDED, INPUTS };
 
@@ -19,17 +20,21 @@ static int64_t outputs_of(const onnx_tensor t[INPUTS]) {
     return t[DOWN_BIAS].rank ? t[DOWN_BIAS].dims[1] : t[DOWN].dims[1] * t[DOWN].dims[3];
 }
 
+static int is_projection(const onnx_tensor *t, int64_t experts, int64_t inputs, int64_t outputs) {
+    return has_blocks(t, experts, inputs, outputs) || has_rows(t, experts, inputs, outputs);
+}
+
 static const char *wrong_shape(const onnx_tensor t[INPUTS]) {
     int64_t tokens = t[X].dims[0], inner = t[X].dims[1], slots = t[IDS].dims[1];
     int64_t experts = t[UP].dims[0], width = t[DOWN].dims[2], outputs = outputs_of(t);
     if (t[X].rank != 2) return "x must be [T, D]";
     if (!is_matrix(t + IDS, tokens, slots)) return "expert_ids must be [T, K]";
     if (!may_be_matrix(t + ROUTING, tokens, slots)) return "routing_weights must be [T, K]";
-    if (!has_blocks(t + UP, experts, inner, width) || !may_be_matrix(t + UP_BIAS, experts, width))
-        return "up_proj must be [E, B, D, b], its bias [E, M]";
-    int same_blocks = has_blocks(t + GATE, experts, inner, width) && t[GATE].dims[3] == t[UP].dims[3];
-    if ((t[GATE].rank && !same_blocks) || !may_be_matrix(t + GATE_BIAS, experts, width))
-        return "gate_proj must be [E, B, D, b] like up_proj, its bias [E, M]";
+    if (!is_projection(t + UP, experts, inner, width) || !may_be_matrix(t + UP_BIAS, experts, width))
+        return "up_proj must be [E, B, D, b], or [E, M, D] for few neurons, its bias [E, M]";
+    int alike = t[GATE].rank == t[UP].rank && !memcmp(t[GATE].dims, t[UP].dims, sizeof t[UP].dims);
+    if ((t[GATE].rank && !alike) || !may_be_matrix(t + GATE_BIAS, experts, width))
+        return "gate_proj must be [E, B, D, b] or [E, M, D] as up_proj, its bias [E, M]";
     if (!has_blocks(t + DOWN, experts, width, outputs) || !may_be_matrix(t + DOWN_BIAS, experts, outputs))
         return "down_proj must be [E, C, M, c], its bias [E, N]";
     if (t[BIAS].rank && (t[BIAS].rank != 1 || t[BIAS].dims[0] != outputs)) return "bias must be [N]";
@@ -60,6 +65,7 @@ static void *moe_compute(void *kernel, void *context) {
     put_matrix(a + 27, t + DOWN, t + DOWN_BIAS);
     a[32] = 1; /* in blocks */
     a[33] = address(t[BIAS].data), a[34] = address(t[ADDED].data);
+    a[50] = t[UP].rank == 3;
     calling.api = api, calling.context = context;
     int found = sparsify_moe_ffn(a);
     if (found == BAD_EXPERT) return refuse(api, INVALID_ARGUMENT, "an expert id is not in [-1, E)");

@@ -83,7 +83,7 @@ static void up_rows(job *j, const segment *s, int64_t first, int64_t columns) {
     for (int m = 0; m <= gated; m++) {
         const char *w = weights[m]->data + s->expert * weights[m]->expert + first * weights[m]->row;
         memset(results[m], 0, (size_t)(s->rows * COLUMNS) * 4);
-        product_rows(a, s->rows, w, weights[m]->row, columns, j->inner, (int)j->bf16, results[m]);
+        product_rows(a, s->rows, w, weights[m]->row, columns, j->inner, (int)j->bf16, results[m], COLUMNS);
         add_bias_rows(weights[m], s->expert, first, columns, s->rows, j->bf16, results[m]);
     }
     activate(gated ? gate : z, s->rows * COLUMNS, (int)j->activation);
@@ -148,7 +148,7 @@ static void down_rows(job *j, const segment *s, int64_t first, int64_t columns) 
     const char *w = j->down.data + s->expert * j->down.expert + first * j->down.row;
     for (int64_t i = 0; i < s->rows; i++) a[i] = j->hidden_rows + (s->row + i) * j->hidden_row;
     memset(z, 0, (size_t)(s->rows * COLUMNS) * 4);
-    product_rows(a, s->rows, w, j->down.row, columns, j->width, (int)j->bf16, z);
+    product_rows(a, s->rows, w, j->down.row, columns, j->width, (int)j->bf16, z, COLUMNS);
     add_bias_rows(&j->down, s->expert, first, columns, s->rows, j->bf16, z);
     for (int64_t i = 0; i < s->rows; i++) {
         int64_t pair = j->order[s->first + s->panel_rows + i];

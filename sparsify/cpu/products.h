@@ -36,9 +36,9 @@ INLINE prefetch prefetch_after(const char *w, int64_t stride, int64_t row, int64
     return (prefetch){w + ahead, stride, LINE};
 }
 
-/* rows <= TILE_ROWS by 4 columns. */
+/* rows <= TILE_ROWS by 4 columns, to z [rows][z_row]. */
 INLINE void tile_rows(const char *const *a, const char *const *w, int64_t inner, int bf16, int rows, prefetch next,
-                      float *z) {
+                      float *z, int64_t z_row) {
     vf acc[TILE_ROWS][4];
     UNROLL
     for (int i = 0; i < rows; i++)
@@ -74,13 +74,13 @@ INLINE void tile_rows(const char *const *a, const char *const *w, int64_t inner,
     UNROLL
     for (int i = 0; i < rows; i++) {
         vf sums = sum_lanes(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
-        memcpy(z + i * COLUMNS, &sums, 16);
+        memcpy(z + i * z_row, &sums, 16);
     }
 }
 
-/* rows of a by columns <= COLUMNS rows of w, `stride` bytes apart, to z [rows][COLUMNS]. */
+/* rows of a by columns <= z_row rows of w, `stride` bytes apart, to z [rows][z_row], four columns at a time. */
 INLINE void rows_any(const char *const *a, int64_t rows, const char *w, int64_t stride, int64_t columns, int64_t inner,
-                     int bf16, float *z) {
+                     int bf16, float *z, int64_t z_row) {
     const prefetch none = {NULL, 0, 0};
     for (int64_t n = 0; n < columns; n += 4) {
         const char *four[4];
@@ -88,20 +88,20 @@ INLINE void rows_any(const char *const *a, int64_t rows, const char *w, int64_t 
         for (int j = 0; j < 4; j++) four[j] = w + (n + j < columns ? n + j : columns - 1) * stride;
         for (int64_t i = 0; i < rows;) {
             int64_t left = rows - i;
-            float *to = z + i * COLUMNS + n;
+            float *to = z + i * z_row + n;
             if (left >= TILE_ROWS) {
-                tile_rows(a + i, four, inner, bf16, TILE_ROWS, i ? none : next, to);
+                tile_rows(a + i, four, inner, bf16, TILE_ROWS, i ? none : next, to, z_row);
                 i += TILE_ROWS;
                 continue;
             }
             switch (left) {
 #if TILE_ROWS > 3
-            case 5: tile_rows(a + i, four, inner, bf16, 5, i ? none : next, to); break;
-            case 4: tile_rows(a + i, four, inner, bf16, 4, i ? none : next, to); break;
-            case 3: tile_rows(a + i, four, inner, bf16, 3, i ? none : next, to); break;
+            case 5: tile_rows(a + i, four, inner, bf16, 5, i ? none : next, to, z_row); break;
+            case 4: tile_rows(a + i, four, inner, bf16, 4, i ? none : next, to, z_row); break;
+            case 3: tile_rows(a + i, four, inner, bf16, 3, i ? none : next, to, z_row); break;
 #endif
-            case 2: tile_rows(a + i, four, inner, bf16, 2, i ? none : next, to); break;
-            default: tile_rows(a + i, four, inner, bf16, 1, i ? none : next, to);
+            case 2: tile_rows(a + i, four, inner, bf16, 2, i ? none : next, to, z_row); break;
+            default: tile_rows(a + i, four, inner, bf16, 1, i ? none : next, to, z_row);
             }
             i += left;
         }
@@ -172,9 +172,9 @@ INLINE void panels_any(const char *a, int64_t panel, const char *w, int64_t stri
 }
 
 static void product_rows(const char *const *a, int64_t rows, const char *w, int64_t stride, int64_t columns,
-                         int64_t inner, int bf16, float *z) {
-    if (bf16) rows_any(a, rows, w, stride, columns, inner, 1, z);
-    else rows_any(a, rows, w, stride, columns, inner, 0, z);
+                         int64_t inner, int bf16, float *z, int64_t z_row) {
+    if (bf16) rows_any(a, rows, w, stride, columns, inner, 1, z, z_row);
+    else rows_any(a, rows, w, stride, columns, inner, 0, z, z_row);
 }
 
 /* `panels` panels, `panel` bytes apart, by columns <= COLUMNS rows of w, to z [columns][panels][VL]. */

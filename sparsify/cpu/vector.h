@@ -13,6 +13,7 @@
 #define WIDE 4 /* vectors of a tile of weights in blocks, by TALL rows */
 #define OUTER_ROWS 8 /* of a sum of outer products, by OUTER_VECTORS vectors */
 #define OUTER_VECTORS 3
+#define FEW_VECTORS 2 /* of outputs, whose weights of FEW_INPUTS inputs stay in registers */
 #elif defined(__AVX2__)
 #define VL 8
 #define TILE_ROWS 3
@@ -21,6 +22,7 @@
 #define WIDE 2
 #define OUTER_ROWS 4
 #define OUTER_VECTORS 2
+#define FEW_VECTORS 1
 #else
 #define VL 4
 #define TILE_ROWS 3
@@ -29,8 +31,10 @@
 #define WIDE 2
 #define OUTER_ROWS 4
 #define OUTER_VECTORS 2
+#define FEW_VECTORS 1
 #endif
 #define TALL 6
+#define FEW_INPUTS 8
 #define HALF (VL / 2)
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -46,6 +50,15 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #define UNROLL_4 _Pragma("GCC unroll 4")
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+/* A product as it is: what is added to it later does not make one operation with it. */
+#if defined(__x86_64__)
+#define ROUNDED(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define ROUNDED(v) __asm__("" : "+w"(v))
+#else
+#define ROUNDED(v) (void)(v)
 #endif
 
 typedef float vf __attribute__((vector_size(VL * 4)));

@@ -16,6 +16,8 @@ SHAPES = [
     (1, 64, 48, 64, 4, 2), (1, 7, 5, 3, 3, 3), (53, 101, 67, 71, 3, 1), (37, 33, 17, 29, 5, 3), (20, 64, 96, 128, 1, 1),
     (300, 96, 130, 64, 2, 2), (64, 48, 129, 47, 8, 2), (11, 1, 1, 1, 2, 1), (1100, 9, 131, 7, 3, 2),
     (2100, 9, 5, 7, 3, 2), (301, 101, 67, 71, 5, 3), (67, 37, 8, 96, 16, 16), (130, 40, 24, 100, 12, 3),  # by tokens
+    # eight neurons, whose down_proj stays in registers: outputs in pairs of vectors, one, a part; projections in rows
+    (130, 70, 8, 100, 24, 7), (300, 33, 8, 3, 20, 7), (1, 70, 16, 40, 9, 4), (130, 5, 15, 40, 9, 4),
     # half a vector wide, of AVX-512, AVX2 and neither; outputs too; an odd number of inputs, and one
     (67, 37, 8, 8, 16, 4), (5, 37, 8, 72, 4, 2), (67, 37, 4, 4, 16, 4), (67, 36, 2, 2, 16, 4), (9, 1, 8, 8, 3, 2),
 ]  # fmt: skip
@@ -56,12 +58,12 @@ def test_equals_the_reference(shape, gated, biased, make_layer, error_of):
 @pytest.mark.parametrize(
     ("tokens", "width", "num_experts"),
     # one tile, shared segments, whole segments; by tokens with one thread, with two, with any
-    [(9, 900, 2), (380, 900, 2), (1500, 192, 40), (200, 100, 40), (400, 24, 40), (1500, 13, 40)],
+    [(9, 900, 2), (380, 900, 2), (1500, 192, 40), (200, 100, 40), (400, 24, 40), (1500, 13, 40), (200, 8, 40)],
 )
 @pytest.mark.usefixtures("poison")
 def test_same_bits_with_any_number_of_threads(tokens, width, num_experts, make_layer, error_of):
     """Protects: no sum depends on who computes it or how high its tile is."""
-    x, weights, ids, experts = layer = make_layer(tokens, 256, width, 256, num_experts, 2, gated=True)
+    x, weights, ids, experts = layer = make_layer(tokens, 256, width, 256, num_experts, 2, gated=True, biased=True)
     blocks, before = experts_in_blocks(experts), torch.get_num_threads()
     try:
         results = []
@@ -87,9 +89,10 @@ def test_unused_slots(make_layer, error_of):
 
 @needs_kernel
 @pytest.mark.parametrize("tokens", [3, 200])
-def test_an_expert_named_twice(tokens, make_layer, error_of):
+@pytest.mark.parametrize("width", [24, 8])
+def test_an_expert_named_twice(tokens, width, make_layer, error_of):
     """Protects: each slot counts, also where the rows of one token follow each other; by pairs and by tokens."""
-    x, weights, ids, experts = make_layer(tokens, 40, 24, 72, 5, 4)
+    x, weights, ids, experts = make_layer(tokens, 40, width, 72, 5, 4)
     ids[::2, 1] = ids[::2, 0]
     ids[::3] = 2
     layer = (x, weights, ids, experts)
@@ -123,9 +126,22 @@ def test_a_copy_that_is_stale(tokens, written, make_layer):
 
 
 @needs_kernel
+@pytest.mark.parametrize("width", [8, 16])
+def test_projections_of_few_neurons_stay_in_rows(width, make_layer, error_of):
+    """Protects: they are no copy, so there is none to keep, and what is written to them counts at once."""
+    x, weights, ids, experts = layer = make_layer(200, 40, width, 72, 5, 2, gated=True)
+    blocks = experts_in_blocks(experts)
+    assert blocks.up_proj is experts.up_proj
+    assert blocks.gate_proj is experts.gate_proj
+    experts.up_proj.mul_(1.5)
+    assert error_of(kernel.run(x, weights, ids, experts, blocks), layer) <= 1.5e-6
+    assert experts_in_blocks(make_layer(1, 16, width + 9, 12, 4, 2)[3]).up_proj.dim() == 4
+
+
+@needs_kernel
 def test_kept_while_weights_stay(make_layer):
     """Protects: one copy for all calls; none while weights change, as in training; one again when they stay."""
-    experts = make_layer(1, 16, 8, 12, 4, 2, gated=True)[3]
+    experts = make_layer(1, 16, 24, 12, 4, 2, gated=True)[3]
     first = kept_blocks(experts)
     assert first is not None
     for name in ("up_proj", "gate_proj", "down_proj"):

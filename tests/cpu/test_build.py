@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
@@ -59,6 +60,19 @@ def test_another_compiler_or_source_compiles_anew(cache, fake, monkeypatch):
     with build.library() as path:
         names.add(path.name)
     assert len(names) == 3
+
+
+def test_every_source_counts(cache, fake, tmp_path, monkeypatch):
+    """Protects: no library of older headers is loaded, whichever of them changed."""
+    folder = shutil.copytree(build._FOLDER, tmp_path / "sources")
+    monkeypatch.setattr(build, "_FOLDER", folder)
+    names = []
+    for file in (None, *sorted(folder.glob("*.[ch]"))):
+        if file is not None:
+            file.write_text(file.read_text() + "/* more */\n")
+        with build.library() as path:
+            names.append(path.name)
+    assert len(set(names)) == len(names) > 10
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, fake, monkeypatch):

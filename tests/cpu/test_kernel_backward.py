@@ -24,6 +24,7 @@ Needs = Callable[[Experts], list[bool]]
 SHAPES = [
     (1, 16, 8, 16, 4, 2), (13, 7, 5, 3, 3, 3), (53, 33, 17, 29, 5, 1), (40, 64, 24, 48, 1, 1), (11, 1, 1, 1, 2, 1),
     (210, 100, 8, 90, 24, 6), (64, 48, 130, 47, 8, 2), (128, 64, 96, 200, 4, 2), (300, 96, 50, 64, 2, 2),
+    (300, 33, 8, 3, 5, 4), (130, 40, 16, 37, 12, 3), (70, 33, 12, 37, 9, 3),  # weights in rows
 ]  # fmt: skip
 BOUND = 3e-6
 
@@ -104,11 +105,14 @@ def test_down_by_neuron(make_layer: MakeLayer, require_exact: Check, needs_of: N
         assert found[7].stride() == by_neuron.stride()
 
 
+@pytest.mark.parametrize(("tokens", "width"), [(13, 150), (300, 8)])
 @pytest.mark.usefixtures("poison")
-def test_an_expert_in_two_slots_of_a_token(make_layer: MakeLayer, require_exact: Check, needs_of: Needs) -> None:
-    """Protects: both rows add to the gradient of the token, also where an expert is wide."""
-    x, weights, ids, experts = make_layer(13, 40, 150, 33, 3, 2, gated=True)
-    layer, grad = (x, weights, ids[:, :1].expand(13, 2), experts), torch.randn(13, 33)
+def test_an_expert_in_two_slots_of_a_token(
+    tokens: int, width: int, make_layer: MakeLayer, require_exact: Check, needs_of: Needs
+) -> None:
+    """Protects: both rows add to the gradient of the token, also of a wide expert, and with more rows than tokens."""
+    x, weights, ids, experts = make_layer(tokens, 40, width, 33, 2, 2, gated=True)
+    layer, grad = (x, weights, ids[:, :1].expand(tokens, 2), experts), torch.randn(tokens, 33)
     require_exact(kernel.run_backward(grad, *layer, needs_of(experts)), grad, layer, BOUND)
 
 

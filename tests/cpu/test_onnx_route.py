@@ -81,13 +81,17 @@ def test_takes_the_largest(tokens: int, hidden_size: int, neurons: int, experts:
     np.testing.assert_allclose(chosen, best, rtol=0, atol=1e-5)  # of two that are that near either may be first
 
 
-def test_equal_logits_are_taken_in_order() -> None:
-    """Protects: the same choice everywhere; no number depends on where a tile ends."""
-    weights = make(5, 4, 6)
-    weights["output"][:] = 0
-    weights["output_bias"][:] = [1, 2, 2, 1, 2, 0]
-    ids = run(np.ones((9, 5), np.float32), 5, weights)
-    assert ids.tolist() == [[1, 2, 4, 0, 3]] * 9
+@pytest.mark.parametrize("experts", [6, 16, 45])
+@pytest.mark.parametrize("values", [[-1e30, -1, -0.0, 0, 2, 1e30], [3], [0, 1e-40, np.inf, -np.inf]])
+def test_equal_logits_are_taken_in_order(experts: int, values: list[float]) -> None:
+    """Protects: the same choice everywhere; no number depends on where a tile or a vector ends; -0 is 0."""
+    weights = make(5, 4, experts)
+    weights["hidden"][:], weights["hidden_bias"][:] = 0, -1
+    weights["output"][:] = -1  # of hidden values that are 0, so that -0 stays what it is
+    weights["output_bias"][:] = np.random.default_rng(0).choice(values, experts)
+    expected = np.argsort(-weights["output_bias"][0], kind="stable").tolist()
+    for top_k in (1, 5, experts - 1, experts):
+        assert run(np.ones((9, 5), np.float32), top_k, weights).tolist() == [expected[:top_k]] * 9
 
 
 def test_without_biases() -> None:

@@ -26,7 +26,14 @@ def _ops(path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gated": True}, {"bias": False, "shared": 8}, {"bias": False, "shared": 8, "out": 67}, {"out": 20}],
+    [
+        {},
+        {"gated": True},
+        {"bias": False, "shared": 8},
+        {"bias": False, "shared": 8, "out": 67},
+        {"out": 20},
+        {"size": 24, "gated": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("activation", [F.relu, F.silu, F.gelu], ids=lambda f: f.__name__)
@@ -36,8 +43,12 @@ def test_agrees_with_the_model(sparse_layer: Any, tmp_path: Path, activation: An
     report = export_onnx(sparse_layer(activation=activation, **options), path, lowering="fused_op")
     assert report.parity is not None
     assert report.parity.max_relative_error < 1e-5
-    [op] = [node for node in onnx.load(path).graph.node if node.op_type == "MoE"]
+    graph = onnx.load(path).graph
+    [op] = [node for node in graph.node if node.op_type == "MoE"]
     assert op.domain == "ai.sparsify"
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    lies = 4 if "size" in options else 3  # in blocks; projections of eight neurons in rows
+    assert [ranks[op.input[place]] for place in (3, 7)] == [lies, 4]
     added = [*op.input, "", ""][9:11]  # empty names at the end may be left out
     assert [bool(name) for name in added] == [True, "shared" in options]  # the bias and the shared expert
 
