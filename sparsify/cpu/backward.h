@@ -3,6 +3,7 @@
      z_p = x_t up[e]^T + b      h_p = act(z_p)      a_p = dy_t down[e]      dr_p = <a_p, h_p>      dz_p = r_p a_p act'(z_p)
      d_up[e] = sum_p dz_p^T x_t      d_down[e] = sum_p dy_t^T (r_p h_p)      dx_t = sum_p dz_p up[e]
 
+   The bias of down is one neuron more, whose h is 1: it adds <dy_t, bias[e]> to dr_p, and its gradient is sum_p r_p dy_t.
    No neuron needs another one but in dr and dx. So a task is a slice of the neurons of an expert, with all its tokens;
    dr is left in parts, one a slice, and dx comes last, where a task is some tokens. One task computes a value, in an
    order that depends on the shapes only: the result is the same bits with any number of threads.
@@ -15,7 +16,7 @@ typedef struct {
     int64_t by_neuron; /* so is d_down */
     const char *dy;
     int64_t dy_row;
-    float *d_x, *d_routing, *d_up, *d_up_bias, *d_gate, *d_gate_bias, *d_down; /* contiguous, NULL: not needed */
+    float *d_x, *d_routing, *d_up, *d_up_bias, *d_gate, *d_gate_bias, *d_down, *d_down_bias; /* contiguous, NULL: not needed */
     float *dz, *d_gate_rows; /* [sorted position][width] */
     int64_t *ends, *largest_first;
     int64_t slices, slice, most_rows, tokens_of_task; /* slice: neurons */
@@ -95,6 +96,7 @@ static void transposed(const float *from, int64_t from_row, int64_t rows, int64_
 typedef struct {
     float *up, *gate;        /* [inner][neurons] */
     float *down;             /* [outputs][neurons], where that is not how it lies */
+    float *routing;          /* [rows]: r */
     float *weighted;         /* [rows][neurons]: r h */
     float *block;            /* [neurons][OUTER_COLUMNS] */
     float *columns;          /* [rows][OUTER_COLUMNS] */
@@ -110,6 +112,7 @@ static slice_memory memory_of(const gradients *g, char *at) {
     int64_t weights = g->j.inner * g->slice * 4;
     slice_memory m = {.up = (float *)cut(&at, weights), .gate = (float *)cut(&at, g->j.gate.data ? weights : 0)};
     m.down = (float *)cut(&at, g->slices > 1 || g->by_neuron || meet_in_rows(g->slice) ? g->j.outputs * g->slice * 4 : 0);
+    m.routing = (float *)cut(&at, g->most_rows * 4);
     m.weighted = (float *)cut(&at, g->most_rows * g->slice * 4);
     m.block = (float *)cut(&at, g->slice * OUTER_COLUMNS * 4);
     m.columns = (float *)cut(&at, g->slice > OUTER_ROWS ? g->most_rows * OUTER_COLUMNS * 4 : 0);
@@ -178,10 +181,12 @@ static void scaled(const float *from, float factor, int64_t n, float *to) {
     for (int64_t i = 0; i < n; i++) to[i] = from[i] * factor;
 }
 
+/* By vectors: in a loop over numbers the compiler rounds products or not, by where it begins and whether they are aligned. */
 static float dot(const float *a, const float *b, int64_t n) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
+    vf sum = splat(0.0f);
+    for (int64_t i = 0; i < n; i += VL)
+        sum += (vf)load_words(a + i, least(n - i, VL)) * (vf)load_words(b + i, least(n - i, VL));
+    return sum_lanes(sum, splat(0.0f), splat(0.0f), splat(0.0f))[0];
 }
 
 /* dz (and the same of the gate) and r h of all rows; the parts of dr. */
@@ -203,7 +208,7 @@ static void rows_backward(gradients *g, const slice_memory *m, int64_t e, int64_
         activate_backward(z, j->gate.data ? gate : NULL, d, rows * neurons, (int)j->activation);
         for (int64_t i = 0; i < rows; i++) {
             int64_t pair = j->order[start + done + i], at = (start + done + i) * j->width + first, own = i * neurons;
-            float weight = weight_of(j, pair);
+            float weight = m->routing[done + i];
             scaled(d + own, weight, neurons, g->dz + at);
             scaled(z + own, weight, neurons, m->weighted + (done + i) * neurons);
             if (j->gate.data) scaled(gate + own, weight, neurons, g->d_gate_rows + at);
@@ -224,6 +229,17 @@ static void projection_backward(const gradients *g, const slice_memory *m, const
         for (int64_t n = 0; n < neurons; n++) d_bias[n] += d_rows[p * width + n];
 }
 
+/* What the bias of down adds to dr, in the part of the first slice, and its gradient. */
+static void bias_backward(const gradients *g, const slice_memory *m, int64_t e, int64_t start, int64_t count) {
+    const float *bias = bias_of(&g->j.down, e, 0);
+    int64_t outputs = g->j.outputs;
+    for (int64_t p = 0; g->d_routing && bias && p < count; p++)
+        g->d_routing[g->j.order[start + p]] += dot(m->dy[p], bias, outputs);
+    for (int64_t c = 0; g->d_down_bias && c < outputs; c += OUTER_COLUMNS)
+        outer_products(m, m->routing, 1, 1, m->dy, count, c, least(outputs - c, OUTER_COLUMNS),
+                       g->d_down_bias + e * outputs + c, outputs);
+}
+
 static void slice_backward(gradients *g, int64_t task, char *own) {
     const job *j = &g->j;
     int64_t e = g->largest_first[task / g->slices], first = task % g->slices * g->slice;
@@ -233,8 +249,10 @@ static void slice_backward(gradients *g, int64_t task, char *own) {
     for (int64_t p = 0; p < count; p++) {
         m.x[p] = (const float *)x_of(j, start + p);
         m.dy[p] = (const float *)(g->dy + j->order[start + p] / j->slots * g->dy_row);
+        m.routing[p] = weight_of(j, j->order[start + p]);
     }
     if (count) rows_backward(g, &m, e, start, count, first, neurons);
+    if (!first) bias_backward(g, &m, e, start, count);
     int64_t at = start * j->width + first;
     projection_backward(g, &m, g->dz + at, count, neurons, g->d_up ? g->d_up + neuron * j->inner : NULL,
                         g->d_up_bias ? g->d_up_bias + neuron : NULL);
@@ -393,7 +411,8 @@ int sparsify_moe_ffn_backward(const int64_t *a) {
         .d_gate = (float *)(intptr_t)a[35],
         .d_gate_bias = (float *)(intptr_t)a[36],
         .d_down = (float *)(intptr_t)a[37],
-        .by_neuron = a[38],
+        .d_down_bias = (float *)(intptr_t)a[38],
+        .by_neuron = a[39],
     };
     return run_backward(&g, a[13], a[14], (parallel_function)(intptr_t)a[15]);
 }

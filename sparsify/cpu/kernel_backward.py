@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify.cpu.experts import Experts
 from sparsify.cpu.matrices import ACTIVATION_NUMBERS, matrices_of
 
-_PACK = struct.Struct("39q").pack
+_PACK = struct.Struct("40q").pack
 _SLICE = 64  # neurons of a task: OUTPUTS in blocks.h
 
 
@@ -61,8 +61,8 @@ def call_backward(
     if by_neuron:
         experts = experts._replace(down_proj=experts.down_proj.transpose(1, 2))
         grads[7] = grads[7].view(num_experts, width, outputs).transpose(1, 2) if needs[7] else grads[7]
-    d_x, _, _, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias = grads
-    made = [tensor.data_ptr() for tensor in (d_x, parts, d_up, d_up_bias, d_gate, d_gate_bias, d_down)]
+    d_x, _, _, *d_experts = grads
+    made = [tensor.data_ptr() for tensor in (d_x, parts, *d_experts)]
     packed = _PACK(
         x.data_ptr(), x.stride(0) * 4, weights.data_ptr(), ids.data_ptr(), grad.data_ptr(), grad.stride(0) * 4,
         len(x), hidden_size, width, outputs, num_experts, ids.shape[1], ACTIVATION_NUMBERS[experts.activation],
@@ -72,21 +72,10 @@ def call_backward(
     if status:
         return status, []
     if needs[1]:
-        grads[1] = _of_routing(parts.sum(0), grad, ids, experts.down_bias).to(routing_weights.dtype)
-    if d_down_bias.numel():
-        shares = x.new_zeros((len(x), num_experts)).scatter_add_(1, ids.clamp(min=0), weights * (ids >= 0))
-        torch.mm(shares.t(), grad, out=d_down_bias)
+        grads[1] = parts.sum(0).to(routing_weights.dtype)
     return status, grads
 
 
 def lies_by_neuron(down_proj: Tensor) -> bool:
     """`[E, D_out, I]` as a view of `[E, I, D_out]`."""
     return down_proj.stride(2) != 1 and down_proj.stride(1) == 1
-
-
-def _of_routing(by_hidden: Tensor, grad: Tensor, ids: Tensor, down_bias: Tensor | None) -> Tensor:
-    """What the bias of each expert adds, too: `[T, K]`."""
-    if down_bias is None:
-        return by_hidden
-    by_bias = (grad @ down_bias.t()).gather(1, ids.clamp(min=0))
-    return by_hidden + torch.where(ids >= 0, by_bias, 0)
