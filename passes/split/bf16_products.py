@@ -10,7 +10,11 @@ import torch
 
 @contextmanager
 def bf16_products() -> Generator[None]:
-    """Have matrix products of fp32 on the CPU round what they multiply to bf16."""
+    """Let matrix products of fp32 on the CPU round what they multiply to bf16.
+
+    Seen on an EPYC with AVX-512 BF16 and no AMX: oneDNN computes them then, twice as fast as what torch uses otherwise, but
+    in fp32.
+    """
     products = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - made at run time
     before = products.fp32_precision
     products.fp32_precision = "bf16"
