@@ -12,7 +12,7 @@ import torch
 def bf16_products() -> Generator[None]:
     """Let matrix products of fp32 on the CPU round what they multiply to bf16.
 
-    Seen on an EPYC with AVX-512 BF16 and no AMX: oneDNN computes them then, in fp32, but twice as fast as what torch uses
+    Without AMX oneDNN keeps fp32 (seen on an EPYC with AVX-512 BF16), which is still faster there than what torch calls
     otherwise.
     """
     products = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - made at run time
