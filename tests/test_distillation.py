@@ -14,6 +14,7 @@ from sparsify import SparseModel, distill, sparsify
 from sparsify.models.bert import Bert, BertConfig
 from sparsify.models.llama import Llama, LlamaConfig
 from sparsify.models.text_encoder import embedding_loss
+from sparsify.passes.split.bf16_products import has_bf16_products
 
 
 @pytest.fixture(scope="module", params=["gated decoder", "post-norm encoder"])
@@ -137,7 +138,8 @@ def test_a_loss_of_yours_takes_the_place_of_the_outputs(batches: list[Tensor]) -
     distill(copy.deepcopy(sparse[0]), dense, given[:1], steps=1, loss=embedding_loss, train="routers")
     distill(copy.deepcopy(sparse[0]), dense, given[:1], steps=1, loss=embedding_loss, through="block")
     with_it = distill(sparse[0], dense, given[:1], steps=12, loss=loss)
-    assert seen[0] == pytest.approx(float(expected), rel=1e-4)
+    rounded = has_bf16_products(torch.device("cpu"), torch.float32)
+    assert seen[0] == pytest.approx(float(expected), rel=1e-2 if rounded else 1e-4)
     assert with_it.losses[0] > seen[0]  # hidden states count as well
     without = distill(sparse[1], dense, given[:1], steps=12, loss=lambda ours, *_: 0 * ours["last_hidden_state"].sum())
     assert with_it.losses[0] - without.losses[0] == pytest.approx(seen[0], rel=1e-3)
