@@ -184,11 +184,12 @@ class Costs:
         Args:
             shape: the layer.
             tokens: T.
-            forms: those that may be chosen; by default all that this machine and the options allow.
+            forms: those that may be chosen; by default all that this machine and the options allow. What was not
+                measured, as there was no compiler then, is left out.
         """
         rates = self.for_dtype(shape.dtype)
         allowed = available_forms(shape.dtype) if forms is None else forms
-        times = {form: _experts(shape, tokens, rates, form) for form in allowed}
+        times = {form: _experts(shape, tokens, rates, form) for form in allowed if _is_measured(form, rates)}
         return min(times.items(), key=lambda item: item[1] * PACKING.get(item[0], 1))
 
     def __str__(self) -> str:
@@ -265,6 +266,12 @@ def _experts(shape: FFNShape, tokens: int, rates: Rates, form: str) -> float:
         return 25 * rates.call + rates.seconds("batched", multiply_adds, padded) + 2 * (hidden + moved)
     calls = 15 + touched * (calls_each + 4)
     return calls * rates.call + rates.seconds(_TABLES[form], pairs * per_pair, rows) + hidden + moved
+
+
+def _is_measured(form: str, rates: Rates) -> bool:
+    if form.startswith("fused"):
+        return form.replace("_new", "") in rates.tables
+    return _TABLES.get(form, "expert") in rates.tables
 
 
 def _fused(rates: Rates, form: str, per_neuron: float, rows: float, width: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -91,6 +92,18 @@ def test_a_copy_of_the_weights_must_pay():
     assert make_costs(expert_packed=3e10).experts(shape(), 1024, ["fused", "sorted_packed"])[0] == "sorted_packed"
     assert make_costs(fused_blocks=1.05e10).experts(shape(), 1024, ["fused", "fused_blocks"])[0] == "fused"
     assert make_costs(fused_blocks=1.2e10).experts(shape(), 1024, ["fused", "fused_blocks"])[0] == "fused_blocks"
+
+
+@pytest.mark.parametrize("missing", ["fused", "expert_packed"])
+def test_what_was_not_measured_is_not_chosen(missing):
+    """Protects: costs that were measured without a compiler, or without packed weights, and are read with them."""
+    full = make_costs(fused=1e14, fused_blocks=1e14, expert_packed=1e14)
+    (place, rates), *_ = full.rates.items()
+    tables = {name: table for name, table in rates.tables.items() if not name.startswith(missing)}
+    costs = dataclasses.replace(full, rates={place: dataclasses.replace(rates, tables=tables)})
+    for forms in (ALL, ("fused_new_blocks", *FORMS)):
+        chosen = costs.experts(shape(), 1024, forms)[0]
+        assert chosen in ("sorted_packed" if missing == "fused" else forms[:2])
 
 
 def test_blocks_for_one_call_cost_two_copies():
