@@ -181,7 +181,7 @@ static void scaled(const float *from, float factor, int64_t n, float *to) {
     for (int64_t i = 0; i < n; i++) to[i] = from[i] * factor;
 }
 
-/* By vectors: in a loop over numbers the compiler rounds products or not, by where it begins and whether they are aligned. */
+/* By vectors, as the compiler may not reorder a sum of numbers. */
 static float dot(const float *a, const float *b, int64_t n) {
     vf sum = splat(0.0f);
     for (int64_t i = 0; i < n; i += VL)
